@@ -1,0 +1,41 @@
+"""The one door to attention: xformers on CUDA, PyTorch's scaled_dot_product_attention elsewhere, same numbers.
+
+Both take q, k and v as [batch, sequence, heads, head width] views with any strides. AIM's two attentions are two such
+views of the same [B, T, N, D] tensor, so neither permutes nor copies tokens:
+
+    spatial   [B*T, N, heads,   K]    the sequence is a frame's tokens
+    temporal  [B,   T, N*heads, K]    the sequence is time; tokens join the heads
+
+The xformers path has not been run on a GPU yet; a CPU test checks with a recorder in its place that it is given the
+same values, shapes and strides.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √K) v for q, k, v of [batch, sequence, heads, K]; returns the same shape."""
+    if q.is_cuda and (xformers_ops := _xformers_ops()) is not None:
+        return xformers_ops.memory_efficient_attention(q, k, v)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@cache
+def _xformers_ops() -> Any | None:
+    """xformers' operators, or None after saying once that SDPA is used instead."""
+    try:
+        import xformers.ops
+    except ImportError as error:
+        logger.warning("xformers cannot be used (%s): attention runs on PyTorch's SDPA", error)
+        return None
+    return xformers.ops

@@ -1,0 +1,37 @@
+"""Where a model's parameters are and which of them train: the table printed at the start of every run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from torch import nn
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Number of all parameters and of the trainable ones."""
+    total = sum(p.numel() for p in model.parameters())
+    return total, sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def parameter_table(model: nn.Module) -> str:
+    """A text table: one row a kind of part (blocks joined), parameters and how many of them train."""
+    rows: dict[str, list[int]] = defaultdict(lambda: [0, 0])
+    for name, parameter in model.named_parameters():
+        row = rows[_part(name)]
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() * parameter.requires_grad
+    total, trainable = count_parameters(model)
+    rows[f"all ({100 * trainable / total:.1f} % trainable)"] = [total, trainable]
+    width = max(map(len, rows))
+    lines = [f"{'part':{width}}  {'parameters':>12}  {'trainable':>12}"]
+    lines += [f"{name:{width}}  {count:>12,}  {trains:>12,}" for name, (count, trains) in rows.items()]
+    return "\n".join(lines)
+
+
+def _part(name: str) -> str:
+    """`backbone.transformer.resblocks.3.attn.out_proj.weight` → `resblocks.*.attn`."""
+    words = name.split(".")
+    if "resblocks" in words:
+        at = words.index("resblocks")
+        return f"resblocks.*.{words[at + 2]}"
+    return words[1] if words[0] == "backbone" else words[0]

@@ -1,0 +1,79 @@
+"""The attention door: AIM's two views reach it without a copy, and both backends get the same thing."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import attention as door
+from model.aim import Attention
+
+
+def reference(module: Attention, x: torch.Tensor, over_time: bool) -> torch.Tensor:
+    """PyTorch's own multi-head attention on explicitly permuted tokens."""
+    B, T, N, D = x.shape
+    mha = torch.nn.MultiheadAttention(D, module.heads, batch_first=True)
+    mha.load_state_dict(module.state_dict())
+    tokens = x.transpose(1, 2).reshape(B * N, T, D) if over_time else x.reshape(B * T, N, D)
+    out = mha(tokens, tokens, tokens, need_weights=False)[0]
+    return out.view(B, N, T, D).transpose(1, 2) if over_time else out.view(B, T, N, D)
+
+
+@pytest.mark.parametrize("over_time", [False, True])
+def test_equals_multihead_attention_on_permuted_tokens(over_time: bool) -> None:
+    torch.manual_seed(0)
+    module, x = Attention(128, 2), torch.randn(2, 5, 7, 128)
+    ours = module.over_time(x) if over_time else module.over_space(x)
+    torch.testing.assert_close(ours, reference(module, x, over_time), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("over_time", [False, True])
+def test_xformers_gets_plain_views_and_nothing_is_copied(over_time: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, x = Attention(128, 2), torch.randn(2, 5, 7, 128)
+    B, T, N, D = x.shape
+    expected = module.over_time(x) if over_time else module.over_space(x)
+    projected: list[torch.Tensor] = []
+    seen: list[torch.Tensor] = []
+    linear = F.linear
+
+    def recording_linear(*args: torch.Tensor) -> torch.Tensor:
+        projected.append(linear(*args))
+        return projected[-1]
+
+    def recorder(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Stands where xformers.ops.memory_efficient_attention would be, in its [B, M, H, K] layout."""
+        seen.extend((q, k, v))
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2).contiguous()
+
+    monkeypatch.setattr(F, "linear", recording_linear)
+    monkeypatch.setattr(door, "_xformers_ops", lambda: SimpleNamespace(memory_efficient_attention=recorder))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    ours = module.over_time(x) if over_time else module.over_space(x)
+    shape = (B, T, N * 2, D // 2) if over_time else (B * T, N, 2, D // 2)
+    for view, source in zip(seen, projected, strict=False):
+        assert view.shape == shape
+        assert view.data_ptr() == source.data_ptr() and view.is_contiguous()
+    assert len(seen) == 3
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_sdpa_result_is_viewed_back_without_a_copy() -> None:
+    """On the CPU the fused kernel writes [B, M, H, K] memory, so merging the heads is a view."""
+    for shape in [(6, 17, 2, 64), (2, 4, 34, 64)]:
+        q, k, v = torch.randn(3, *shape).unbind(0)
+        out = door.attention(q, k, v)
+        assert out.shape == shape and out.flatten(2).data_ptr() == out.data_ptr()
+
+
+@pytest.mark.gpu
+def test_cuda_equals_cpu() -> None:
+    torch.manual_seed(0)
+    for shape in [(6, 197, 12, 64), (2, 8, 197 * 12, 64)]:
+        q, k, v = torch.randn(3, *shape).unbind(0)
+        on_gpu = door.attention(*(t.cuda().half() for t in (q, k, v))).float().cpu()
+        torch.testing.assert_close(on_gpu, door.attention(q, k, v), atol=5e-3, rtol=5e-3)

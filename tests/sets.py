@@ -1,0 +1,48 @@
+"""Small packed sets made on the spot, of videos whose frames carry their number."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from pipelines.shards import ShardSet, ShardWriter, write_manifest
+from pipelines.video import FrameChoice, encode_video
+from tests.videos import write_video
+
+
+def make_set(
+    folder: Path,
+    lengths: list[int],
+    *,
+    profile: str = "jpeg",
+    fps: str = "source",
+    classes: int = 2,
+    size: tuple[int, int] = (96, 64),
+    samples_a_shard: int = 4,
+    splits: tuple[str, ...] = ("train",),
+) -> Path:
+    """Packs one numbered video of each length into every split; sample i is of class i mod `classes`."""
+    folder.mkdir(parents=True)
+    source = folder / "source.mp4"
+    encoded = {}
+    for length in set(lengths):
+        write_video(source, length, size)
+        encoded[length] = encode_video(source, profile, choice=FrameChoice.parse(fps))
+    source.unlink()
+    entries = {}
+    for split in splits:
+        shards = []
+        for start in range(0, len(lengths), samples_a_shard):
+            writer = ShardWriter(folder, f"{split}-{len(shards):06d}.tar")
+            for i in range(start, min(start + samples_a_shard, len(lengths))):
+                writer.add(f"{i:06d}_numbers", i % classes, encoded[lengths[i]], {"label": i % classes})
+            shards.append(asdict(writer.close()))
+        entries[split] = {"samples": len(lengths), "shards": shards}
+    names = [f"class{i}" for i in range(classes)]
+    write_manifest(folder, {"classes": names, "profile": {"name": profile}, "splits": entries})
+    return folder
+
+
+def open_set(folder: Path, lengths: list[int], split: str = "train", **options: object) -> ShardSet:
+    """`make_set` and open it."""
+    return ShardSet.open(make_set(folder, lengths, **options), split)  # type: ignore[arg-type]

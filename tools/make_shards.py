@@ -1,0 +1,112 @@
+"""Packs a folder of videos into shards that are cheap to train from.
+
+    python tools/make_shards.py VIDEOS --out SHARDS --fps source/4 --short-side 256
+
+VIDEOS holds one folder per class, or <split>/<class>, or anything plus an annotation file. Every video is decoded once
+and checked; what cannot be used is listed with its reason in SHARDS/rejects.tsv, and the rest is packed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+if not __package__:  # started as a script: the project's root, not tools/, is where imports begin
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from tqdm import tqdm
+
+from pipelines.annotations import Listing, list_videos
+from pipelines.cli import run_cli
+from pipelines.pack import PackReport, PackSettings, pack_videos
+from pipelines.shards import PROFILES
+from pipelines.video import DEFAULT_QUALITY
+
+
+def main() -> int:
+    args = _parse_args()
+    settings = PackSettings(
+        profile=args.profile,
+        fps=args.fps,
+        short_side=args.short_side,
+        quality=args.quality,
+        max_shard_bytes=round(args.max_shard_mb * 1e6),
+        seed=args.seed,
+        timeout_seconds=args.timeout,
+    )
+    listing = list_videos(
+        args.source,
+        annotations=args.annotations,
+        max_missing=args.max_missing,
+        val_fraction=args.val_fraction,
+        seed=args.seed,
+    )
+    started = time.perf_counter()
+    with tqdm(total=len(listing.videos), unit="video", disable=None) as bar:
+
+        def advance(report: PackReport) -> None:
+            bar.set_postfix(rejected=len(report.rejects), refresh=False)
+            bar.update()
+
+        report = pack_videos(args.source, listing, args.out, settings, workers=args.workers, on_video=advance)
+    _print_summary(args.out, listing, report, time.perf_counter() - started)
+    return 0
+
+
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder of videos: <class>/… or <split>/<class>/…")
+    add("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
+    add("--annotations", type=Path, metavar="FILE", help="lines of 'path label [split]', paths relative to SOURCE")
+    add("--profile", choices=PROFILES, default="jpeg", help="how videos are stored (default: %(default)s)")
+    add(
+        "--fps",
+        default="source",
+        metavar="source|source/K|N",
+        help="frames to store: all, every K-th, or N per second by time (default: %(default)s)",
+    )
+    add("--short-side", type=int, metavar="S", help="scale down to S pixels on the shorter side; never enlarges")
+    add("--quality", type=int, metavar="Q", help=f"1 (smallest) to 100 (best) (default: {DEFAULT_QUALITY})")
+    add("--max-shard-mb", type=float, default=1000, metavar="MB", help="size limit of a shard (default: %(default)s)")
+    add("--workers", type=int, default=_num_cpus(), metavar="N", help="processes (default: all cores, %(default)s)")
+    add("--seed", type=int, default=0, help="of the order in the shards and of --val-fraction (default: %(default)s)")
+    add("--val-fraction", type=float, default=0.0, metavar="F", help="part of each class to set apart as split val")
+    add("--max-missing", type=int, default=0, metavar="N", help="listed files that may be missing (default: 0)")
+    add("--timeout", type=float, default=300, metavar="S", help="seconds after which a video is given up (default: 300)")
+    return parser.parse_args()
+
+
+def _num_cpus() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _print_summary(out: Path, listing: Listing, report: PackReport, wall_seconds: float) -> None:
+    samples = sum(report.samples.values())
+    seconds = sum(report.seconds.values())
+    ratio = report.bytes_out / report.bytes_in
+    print(f"{out}: {samples} videos, {seconds:,.0f} s of video, in {wall_seconds:,.1f} s")
+    print(f"  bytes: {_size(report.bytes_in)} in, {_size(report.bytes_out)} out ({ratio:.2f}×)")
+    for split, shards in report.shards.items():
+        counts = ", ".join(str(shard.samples) for shard in shards)
+        print(f"  {split}: {report.samples[split]} samples in {len(shards)} shards ({counts})")
+    if report.rejects:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in report.reasons.most_common())
+        print(f"  rejected: {len(report.rejects)} ({reasons}); listed in {out / 'rejects.tsv'}")
+    if listing.other_files:
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in listing.other_files.most_common(5))
+        print(f"  left alone, no videos: {sum(listing.other_files.values())} files ({kinds})")
+    empty = [name for name in listing.classes if not report.packed_of_class[name]]
+    if empty:
+        print(f"  warning: no video of these classes could be packed: {', '.join(empty)}")
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+if __name__ == "__main__":
+    run_cli(main)
