@@ -71,21 +71,16 @@ def load_image_tower(name: str, pretrained: str) -> ImageTower:
     return ImageTower(geometry, state)
 
 
+def image_size(name: str) -> int:
+    """Side in pixels of the square frames that a model takes, without building it; ValueError for unknown names."""
+    return int(_known_config(name)["vision_cfg"]["image_size"])
+
+
 def load_clip(name: str, pretrained: str) -> nn.Module:
     """The whole open_clip model in eval mode and float32, both towers; arguments and errors as `load_image_tower`."""
     import open_clip
 
-    if name == TINY_CLIP:
-        open_clip.add_model_config(TINY_CLIP_FOLDER / f"{TINY_CLIP}.json")
-    known = open_clip.list_models()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=4) or [
-            "ViT-B-16-quickgelu",
-            "ViT-L-14-quickgelu",
-            TINY_CLIP,
-        ]
-        raise ValueError(f"unknown model {name!r}; close names: {', '.join(close)}")
-    source = _weight_source(name, pretrained)
+    source = _weight_source(name, pretrained, bool(_known_config(name).get("quick_gelu", False)))
     try:
         with _quiet():
             return open_clip.create_model(name, pretrained=source, precision="fp32", weights_only=True).eval()
@@ -99,7 +94,21 @@ def load_clip(name: str, pretrained: str) -> nn.Module:
         ) from error
 
 
-def _weight_source(name: str, pretrained: str) -> str | None:
+def _known_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a model; ValueError with close names where there is none."""
+    import open_clip
+
+    if name == TINY_CLIP:
+        open_clip.add_model_config(TINY_CLIP_FOLDER / f"{TINY_CLIP}.json")
+    known = open_clip.list_models()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=4) or ["ViT-B-16-quickgelu", "ViT-L-14-quickgelu", TINY_CLIP]
+        raise ValueError(f"unknown model.name {name!r}; close names: {', '.join(close)}")
+    config: dict[str, Any] = open_clip.get_model_config(name)
+    return config
+
+
+def _weight_source(name: str, pretrained: str, quick_gelu: bool) -> str | None:
     """What open_clip calls `pretrained`: a tag, a file or None; raises ValueError when it cannot fit the model."""
     import open_clip
 
@@ -119,8 +128,7 @@ def _weight_source(name: str, pretrained: str) -> str | None:
             f"file, or {RANDOM_WEIGHTS!r} for random weights"
         )
     trained_with_quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
-    config = open_clip.get_model_config(name)
-    if trained_with_quick_gelu != bool(config.get("quick_gelu", False)):
+    if trained_with_quick_gelu != quick_gelu:
         right = f"{name}-quickgelu" if trained_with_quick_gelu else name.removesuffix("-quickgelu")
         raise ValueError(
             f"weights {pretrained!r} of {name} were trained with "

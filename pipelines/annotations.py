@@ -84,7 +84,9 @@ def list_videos(
         listing, has_splits = _from_folders(source)
     if len(listing.classes) < 2:
         names = ", ".join(listing.classes) or "none"
-        raise ValueError(f"{annotations or source} holds {len(listing.classes)} class ({names}); two or more are needed")
+        raise ValueError(
+            f"{annotations or source} holds {len(listing.classes)} class ({names}); two or more are needed"
+        )
     if val_fraction and has_splits:
         raise ValueError(f"{annotations or source} says which video is in which split: leave out the val fraction")
     if val_fraction:

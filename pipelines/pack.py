@@ -8,6 +8,7 @@ output folder and renamed at the end, so the output folder is there whole or not
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import multiprocessing
@@ -19,6 +20,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -60,8 +62,9 @@ class PackSettings:
                     "profile jpeg or h264"
                 )
         else:
-            object.__setattr__(self, "quality", DEFAULT_QUALITY if self.quality is None else self.quality)
-            check_quality(self.quality)
+            quality = DEFAULT_QUALITY if self.quality is None else self.quality
+            check_quality(quality)
+            object.__setattr__(self, "quality", quality)
         if self.short_side is not None and not 16 <= self.short_side <= 4096:
             raise ValueError(f"short side {self.short_side}: allowed are 16 to 4096 pixels")
         if self.max_shard_bytes < 1_000_000:
@@ -277,10 +280,8 @@ class _Pool:
     def _give(self, slot: int, task: int, path: Path) -> None:
         worker = self._workers[slot]
         worker.task, worker.deadline = task, time.monotonic() + self._settings.timeout_seconds
-        try:
+        with contextlib.suppress(BrokenPipeError):  # it died while idle: `_collect` sees the end of its connection
             worker.connection.send(path)
-        except BrokenPipeError:
-            pass  # it died while idle: `_collect` sees the end of its connection
 
     def _collect(self, done: dict[int, EncodedVideo | Reject]) -> None:
         """Waits for the next result, death or timeout."""
@@ -288,18 +289,19 @@ class _Pool:
         first_deadline = min(worker.deadline for worker in busy)
         ready = wait([worker.connection for worker in busy], max(0.0, first_deadline - time.monotonic()))
         for slot, worker in enumerate(self._workers):
-            if worker.task is None:
+            task = worker.task
+            if task is None:
                 continue
             if worker.connection in ready:
                 try:
-                    done[worker.task] = worker.connection.recv()
+                    done[task] = worker.connection.recv()
                     worker.task = None
-                except (EOFError, ConnectionError):
+                except (EOFError, OSError):
                     worker.process.join()
-                    done[worker.task] = Reject("decoder_crash", f"the decoder died ({_cause(worker.process.exitcode)})")
+                    done[task] = Reject("decoder_crash", f"the decoder died ({_cause(worker.process.exitcode)})")
                     self._replace(slot)
             elif time.monotonic() >= worker.deadline:
-                done[worker.task] = Reject("timeout", f"took longer than {self._settings.timeout_seconds:g} s")
+                done[task] = Reject("timeout", f"took longer than {self._settings.timeout_seconds:g} s")
                 self._replace(slot)
 
     def _replace(self, slot: int) -> None:
@@ -385,8 +387,15 @@ def _manifest(listing: Listing, settings: PackSettings, report: PackReport) -> d
             if report.samples[split]
         },
         "rejected": dict(sorted(report.reasons.items())),
-        "versions": library_versions(),
+        "versions": {"project": _project_version(), **library_versions()},
     }
+
+
+def _project_version() -> str:
+    try:
+        return metadata.version("image-to-video")
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _slug(stem: str) -> str:

@@ -332,6 +332,10 @@ class _Index:
             good &= len(first) > 0 and int(first[0]) == 0 and int(first[-1]) == total
         if not good:
             raise ValueError(f"{self._path} does not fit its shard ({info.samples} samples): pack or index it again")
+        wrong = np.flatnonzero((a["label"] < 0) | (a["label"] >= self._num_classes))
+        if len(wrong):
+            key, label = self._blob("key", int(wrong[0])).decode("ascii", "replace"), int(a["label"][wrong[0]])
+            raise ValueError(f"{self._path}: sample {key!r} has label {label}, allowed are 0..{self._num_classes - 1}")
 
     def _check_sample(self, s: Sample) -> None:
         """An index may come from a stranger: nothing in it may point outside its own video."""
@@ -344,10 +348,6 @@ class _Index:
         fits &= bool((np.diff(s.frames.source_frame) >= 0).all())
         if not fits:
             raise ValueError(f"{self._path}: the entry of sample {s.key!r} points outside its video; pack again")
-        if not 0 <= s.label < self._num_classes:
-            raise ValueError(
-                f"{self._path}: sample {s.key!r} has label {s.label}, allowed are 0..{self._num_classes - 1}"
-            )
 
     @cached_property
     def _shard_bytes(self) -> int:

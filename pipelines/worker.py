@@ -7,6 +7,7 @@ this process does. It imports neither torch nor DeepSpeed (start 1 s, 200 MB).
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import signal
 import sys
@@ -59,4 +60,5 @@ def serve(connection: Connection, memory_descriptor: int) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes our pipe
-    serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    with contextlib.suppress(ConnectionError):  # the trainer ended while we were at a task
+        serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

@@ -19,6 +19,7 @@ Cost: about 6 ms of one core and 12 kB of disk per clip of 16 frames, 64 x 64.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shutil
 import sys
@@ -35,7 +36,7 @@ if not __package__:
 
 import av
 import numpy as np
-from av.video.reformatter import Colorspace, ColorRange
+from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -114,9 +115,7 @@ def plan_drawings(*, train: int, val: int, size: int, frames: int, seed: int) ->
     """The drawings of both splits; every class gets the same number of clips."""
     for option, count in (("--train", train), ("--val", val)):
         if count < 0 or count % len(CLASSES):
-            raise ValueError(
-                f"{option} {count}: give a multiple of {len(CLASSES)}, one clip per class and round"
-            )
+            raise ValueError(f"{option} {count}: give a multiple of {len(CLASSES)}, one clip per class and round")
     if frames not in ALLOWED_FRAMES:
         raise ValueError(f"--frames {frames}: choose one of {', '.join(map(str, ALLOWED_FRAMES))}")
     if size < 16 or size % 2:
@@ -132,7 +131,7 @@ def plan_drawings(*, train: int, val: int, size: int, frames: int, seed: int) ->
 def sampled_frames(frames: int, count: int = SAMPLED_FRAMES) -> list[int]:
     """Frame numbers that the uniform test rule picks from a clip of `frames` frames."""
     bounds = [round((frames - 1) / count * i) for i in range(count + 1)]
-    return [(a + b) // 2 for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [(a + b) // 2 for a, b in itertools.pairwise(bounds)]
 
 
 def scenes_of(drawing: Drawing) -> Scenes:
@@ -175,7 +174,7 @@ def _slide_down(rng: np.random.Generator, frames: int) -> tuple[Floats, Floats, 
 
 def _grow(rng: np.random.Generator, frames: int) -> tuple[Floats, Floats, Floats, Floats]:
     """The radius grows by a constant factor per frame, in place."""
-    smallest = rng.uniform(0.12, 0.18)
+    smallest = rng.uniform(0.14, 0.18)
     largest = smallest * rng.uniform(1.7, 2.3)
     return (
         _constant(rng.uniform(0.35, 0.65), frames),
@@ -232,9 +231,7 @@ def encode_mp4(path: Path, pictures: NDArray[np.uint8]) -> None:
         stream.codec_context.options = {"qp": str(_QUANTISER), "preset": "veryfast"}
         for picture in pictures:
             frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame = frame.reformat(
-                format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG
-            )
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU601, dst_color_range=ColorRange.MPEG)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
 
@@ -257,20 +254,14 @@ def _write_clips(folder: Path, drawings: list[Drawing], *, workers: int, progres
     pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers > 1 else nullcontext()
     with pool, tqdm(total=2 * len(drawings), unit="clip", disable=not progress) as bar:
         written: Iterable[int] = (
-            pool.map(write, drawings, chunksize=16)
-            if isinstance(pool, ProcessPoolExecutor)
-            else map(write, drawings)
+            pool.map(write, drawings, chunksize=16) if isinstance(pool, ProcessPoolExecutor) else map(write, drawings)
         )
         for clips in written:
             bar.update(clips)
 
 
 def _write_annotations(path: Path, drawings: list[Drawing]) -> None:
-    rows = [
-        f"{drawing.path(label)}\t{label}\t{drawing.split}"
-        for drawing in drawings
-        for label in PAIRS[drawing.pair]
-    ]
+    rows = [f"{drawing.path(label)}\t{label}\t{drawing.split}" for drawing in drawings for label in PAIRS[drawing.pair]]
     path.write_text("\n".join(["path\tlabel\tsplit", *rows]) + "\n")
 
 

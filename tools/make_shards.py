@@ -25,13 +25,15 @@ from pipelines.pack import PackReport, PackSettings, pack_videos
 from pipelines.shards import PROFILES
 from pipelines.video import DEFAULT_QUALITY
 
+SHORT_SIDE = 256  # pixels: what the published recipes train from
+
 
 def main() -> int:
     args = _parse_args()
     settings = PackSettings(
         profile=args.profile,
         fps=args.fps,
-        short_side=args.short_side,
+        short_side=_short_side(args.short_side, args.profile),
         quality=args.quality,
         max_shard_bytes=round(args.max_shard_mb * 1e6),
         seed=args.seed,
@@ -69,15 +71,33 @@ def _parse_args() -> argparse.Namespace:
         metavar="source|source/K|N",
         help="frames to store: all, every K-th, or N per second by time (default: %(default)s)",
     )
-    add("--short-side", type=int, metavar="S", help="scale down to S pixels on the shorter side; never enlarges")
+    add(
+        "--short-side",
+        metavar="S|source",
+        help=f"scale down to S pixels on the shorter side, or keep the source's; never enlarges (default: {SHORT_SIDE})",
+    )
     add("--quality", type=int, metavar="Q", help=f"1 (smallest) to 100 (best) (default: {DEFAULT_QUALITY})")
     add("--max-shard-mb", type=float, default=1000, metavar="MB", help="size limit of a shard (default: %(default)s)")
     add("--workers", type=int, default=_num_cpus(), metavar="N", help="processes (default: all cores, %(default)s)")
     add("--seed", type=int, default=0, help="of the order in the shards and of --val-fraction (default: %(default)s)")
     add("--val-fraction", type=float, default=0.0, metavar="F", help="part of each class to set apart as split val")
     add("--max-missing", type=int, default=0, metavar="N", help="listed files that may be missing (default: 0)")
-    add("--timeout", type=float, default=300, metavar="S", help="seconds after which a video is given up (default: 300)")
+    add(
+        "--timeout", type=float, default=300, metavar="S", help="seconds after which a video is given up (default: 300)"
+    )
     return parser.parse_args()
+
+
+def _short_side(text: str | None, profile: str) -> int | None:
+    """Pixels, or None for the source's own size; the copy profile has no default, for it changes nothing."""
+    if text is None:
+        return None if profile == "copy" else SHORT_SIDE
+    if text == "source":
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--short-side {text!r}: allowed are pixels, such as {SHORT_SIDE}, or 'source'") from None
 
 
 def _num_cpus() -> int:

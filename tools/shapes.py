@@ -4,8 +4,9 @@ How: every shape is a polygon, turned once into a table of signed distances; a p
 its pixels up in that table after undoing the shape's place, size and angle, so the edge comes out
 anti-aliased and a batch of pictures is a dozen numpy operations, whatever the shapes.
 Shapes are bright and backgrounds dim on purpose: with both equally bright a small model learned
-nothing in the minutes the demo has. No shape has a rotational symmetry, so each angle looks
-different from every other.
+nothing in the minutes the demo has. No shape has a rotational symmetry and each has a white tip, so
+that every angle looks different from every other (without the tip it stayed unread: orientation
+was at chance after 1,600 steps of pretraining).
 Cost: about 0.1 ms for a picture of 48 x 48 pixels on one core.
 
 Every random choice comes from `generator(*key)`: a pure function of the key's integers.
@@ -19,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 Ints = NDArray[np.int64]
 
 SHAPES = ("arrow", "dart", "drop", "dome", "hook", "heart")
@@ -32,13 +33,14 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (50, 230, 235),
     "blue": (70, 110, 255),
     "magenta": (245, 70, 225),
-    "white": (245, 245, 245),
 }
-RADIUS_RANGE = (0.12, 0.42)
+RADIUS_RANGE = (0.14, 0.42)
 """Smallest and largest circle around a shape, as a fraction of the picture's side."""
 
 _TABLE_SIDE = 256  # cells along one side of a distance table
 _TABLE_REACH = 1.5  # the table covers [-reach, reach], in units of the shape's radius
+_TIP_BEGINS = -0.25  # in radii, from the centre towards where the shape points
+_WHITE = np.float32(250.0)
 _BACKGROUND_GRID = 3  # background colours are drawn on a 3 x 3 grid and interpolated
 _BACKGROUND_BRIGHTEST = 90.0  # of 255; the dimmest shape colour is about twice as bright
 
@@ -109,9 +111,10 @@ def draw(scenes: Scenes, size: int) -> NDArray[np.uint8]:
     v = dy * cos - dx * sin
     distance = _lookup_distance(scenes.shape, u, v)
     coverage = np.clip(0.5 - distance * (scenes.radius * size)[:, None, None], 0.0, 1.0)
-    shade = _shade(scenes, u, v)
     background = _upsample(scenes.background, along)
-    paint = scenes.colour[:, None, None, :] * shade[..., None]
+    paint = scenes.colour[:, None, None, :] * _shade(scenes, u, v)[..., None]
+    whiteness = np.clip(0.5 - (v - _TIP_BEGINS) * (scenes.radius * size)[:, None, None], 0.0, 1.0)
+    paint = paint + whiteness[..., None] * (_WHITE - paint)
     picture = background + coverage[..., None] * (paint - background)
     return (picture + 0.5).astype(np.uint8)
 

@@ -1,0 +1,84 @@
+"""Every command in a fenced `bash` block of a README is run here, in order, or is named below with the reason why not.
+
+Commands run in a folder of their own that looks like a fresh clone with a few small videos in `videos/`. Those named in
+SMALLER get further arguments that shrink them; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.videos import write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = ("README.md", "pipelines/README.md")
+
+NOT_RUN = {
+    "make demo": "its quick version is run by tests/tools/test_run_demo.py",
+    "make test": "is what runs this test",
+    "make setup": "ran before this test could",
+    "source .venv/bin/activate": "the tests already run inside that environment",
+}
+TINY = "--set model.name=tiny-clip --set model.pretrained=shapes --set ds.train_batch_size=4 "
+SHORT = TINY + "--set schedule.epochs=1 --set schedule.warmup_epochs=0"
+SMALLER = {
+    "deepspeed train/main.py --recipe my_videos": SHORT,
+    "deepspeed train/main.py --recipe my_videos --resume": SHORT,
+    "python tools/view_clips.py data/my_videos --out clips.png": "--set model.name=tiny-clip",
+}
+
+
+def commands(text: str) -> list[str]:
+    """The lines of the `bash` blocks, comments removed, continued lines joined."""
+    found: list[str] = []
+    inside = False
+    for line in text.replace("\\\n", " ").splitlines():
+        if line.startswith("```"):
+            inside = line.strip() == "```bash"
+            continue
+        words = shlex.split(line, comments=True) if inside else []
+        if words:
+            found.append(shlex.join(words))
+    return found
+
+
+def everything() -> list[str]:
+    return [c for name in READMES if (ROOT / name).is_file() for c in commands((ROOT / name).read_text())]
+
+
+def test_commands_are_found_and_tables_hold_nothing_else() -> None:
+    documented = everything()
+    assert documented
+    assert commands("```bash\nmake a  # why\npython b.py \\\n  --c\n```\n```\nmake d\n```") == [
+        "make a",
+        "python b.py --c",
+    ]
+    assert not set(NOT_RUN) & set(SMALLER)
+    stale = [command for command in SMALLER if command not in documented]
+    assert not stale, stale
+
+
+@pytest.mark.timeout(300)
+def test_every_documented_command_works(tmp_path: Path) -> None:
+    for name in ("tools", "train", "model", "pipelines", "ds_config.json"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for i in range(12):
+        folder = tmp_path / "videos" / ("jump" if i % 2 else "run")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_video(folder / f"{i}.mp4", 20 + i)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in everything():
+        if command in NOT_RUN:
+            continue
+        whole = f"{command} {SMALLER.get(command, '')}".strip()
+        done = subprocess.run(
+            shlex.split(whole), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"$ {whole}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (tmp_path / "clips.png").is_file() and (tmp_path / "runs/my_videos/metrics.jsonl").is_file()

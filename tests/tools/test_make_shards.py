@@ -1,0 +1,73 @@
+"""The packing program as a user runs it: a good run says what it did, a mistake ends in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.shards import ShardSet
+from tests.videos import write_video
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def make_shards(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/make_shards.py"), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+
+
+@pytest.fixture
+def videos(tmp_path: Path) -> Path:
+    root = tmp_path / "videos"
+    for name in ("jump", "run"):
+        (root / name).mkdir(parents=True)
+        for i in range(4):
+            write_video(root / name / f"{i}.mp4", 8)
+    (root / "run/broken.mp4").write_bytes(b"")
+    (root / "run/notes.txt").write_text("no video")
+    return root
+
+
+def test_good_run(videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new/shards"
+    run = make_shards(videos, "--out", out, "--fps", "source/4", "--val-fraction", "0.25", "--workers", "2")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "8 videos, 2 s of video" in run.stdout
+    assert "train: 6 samples in 1 shards (6)" in run.stdout
+    assert "rejected: 1 (1 unreadable)" in run.stdout
+    assert "left alone, no videos: 1 files (1 .txt)" in run.stdout
+    assert len(ShardSet.open(out, "train")) == 6
+    assert len(ShardSet.open(out, "val")) == 2
+    assert ShardSet.open(out, "val")[0].frames.source_frame.tolist() == [0, 4]
+
+
+def test_annotations_copy_and_a_missing_file(videos: Path, tmp_path: Path) -> None:
+    listed = tmp_path / "list.tsv"
+    listed.write_text("path\tlabel\tsplit\njump/0.mp4\tx\ttrain\nrun/1.mp4\ty\ttrain\nrun/7.mp4\ty\ttrain\n")
+    arguments = (videos, "--out", tmp_path / "out", "--annotations", listed, "--profile", "copy", "--workers", "1")
+    refused = make_shards(*arguments)
+    assert refused.returncode == 2 and "run/7.mp4" in refused.stderr
+    run = make_shards(*arguments, "--max-missing", "1")
+    assert run.returncode == 0 and "rejected: 1 (1 missing)" in run.stdout
+    assert ShardSet.open(tmp_path / "out", "train").classes == ("x", "y")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{videos}/none", "--out", "{tmp}/out"], "no such folder of videos"),
+        (["{videos}", "--out", "{videos}"], "exists"),
+        (["{videos}", "--out", "{tmp}/out", "--fps", "often"], "allowed are 'source'"),
+        (["{videos}", "--out", "{tmp}/out", "--quality", "200"], "allowed are 1"),
+        (["{videos}", "--out", "{tmp}/out", "--annotations", "{tmp}/none.csv"], "none.csv"),
+        (["{videos}", "--out", "{tmp}/out", "--workers", "0"], "allowed is 1 or more"),
+        (["{videos}", "--out", "{videos}/run/notes.txt/out"], "Not a directory"),
+    ],
+)
+def test_mistakes_end_in_one_line(videos: Path, tmp_path: Path, arguments: list[str], message: str) -> None:
+    run = make_shards(*(text.format(videos=videos, tmp=tmp_path) for text in arguments))
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+    assert message in run.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.packing").exists()

@@ -1,0 +1,54 @@
+"""The contact sheet shows what the model gets."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from tests.sets import make_set
+from tests.videos import read_number
+from tools.view_clips import filmstrips
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def view(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tools/view_clips.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_the_sheet_holds_the_frames_of_the_evaluation_view(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", [40, 23, 9], size=(64, 64), splits=("train", "val"))
+    done = view(
+        *(str(folder), "--eval", "--clips", "3", "--size", "96", "--out", str(tmp_path / "a/clips.png")),
+        *("--set", "data.num_frames=4", "--set", "data.eval_crop=1.0"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 clips of 4 frames" in done.stdout and "split val" in done.stdout
+    sheet = np.asarray(Image.open(tmp_path / "a/clips.png"))
+    assert sheet.shape == (3 * (96 + 18 + 4), 4 * (96 + 4), 3)
+    tiles = [[sheet[r * 118 + 18 : r * 118 + 114, c * 100 : c * 100 + 96] for c in range(4)] for r in range(3)]
+    numbers = [[read_number(tile) for tile in row] for row in tiles]
+    assert numbers == [[5, 15, 24, 34], [3, 8, 13, 19], [1, 3, 5, 7]]
+
+
+def test_small_frames_are_enlarged_whole() -> None:
+    clip = np.arange(2 * 48 * 48 * 3, dtype=np.uint8).reshape(2, 48, 48, 3)
+    sheet = np.asarray(filmstrips([clip], ["caption"]))
+    assert np.array_equal(sheet[18 : 18 + 96 : 2, :96:2], clip[0])
+
+
+def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", [8])
+    for arguments, text in [
+        ([str(tmp_path / "nowhere")], "no such folder of shards"),
+        ([str(folder), "--eval"], "has no split 'val'; it has: train"),
+        ([str(folder), "--set", "data.sampling=odd"], "data.sampling = 'odd'; allowed are dense, uniform"),
+    ]:
+        done = view(*arguments, "--out", str(tmp_path / "x.png"))
+        assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not (tmp_path / "x.png").exists()

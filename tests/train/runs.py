@@ -1,0 +1,68 @@
+"""Starting small training runs, in this process or in others, and reading what they wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from train.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = str(ROOT / "train" / "main.py")
+FP32 = "ds.torch_autocast.enabled=false"
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def arguments(packed: Path, out: Path, *settings: str) -> list[str]:
+    """Command line of a traced run: random tiny CLIP, 4 frames, batch 8, DropPath and dropout on."""
+    small = {
+        "data.shards": packed,
+        "data.num_frames": 4,
+        "data.workers": 1,
+        "model.pretrained": "none",
+        "model.drop_path": 0.2,
+        "model.head_dropout": 0.5,
+        "ds.train_batch_size": 8,
+        "ds.train_micro_batch_size_per_gpu": 8,
+        "schedule.epochs": 3,
+        "train.eval_every": 0,
+        "run.out": out,
+        "run.trace": "true",
+    }
+    given = [f"{key}={value}" for key, value in small.items()] + list(settings)
+    return ["--recipe", "demo", *(part for setting in given for part in ("--set", setting))]
+
+
+def run_here(packed: Path, out: Path, *settings: str, resume: bool = False) -> None:
+    """A run in this process."""
+    assert main(arguments(packed, out, *settings) + ["--resume"] * resume) == 0
+
+
+def start(*command: str, **environment: str) -> subprocess.Popen[str]:
+    """A program with the environment of a shell, whatever this process has joined."""
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=ROOT, env=env | environment, text=True, **pipes)  # type: ignore[call-overload]
+
+
+def launch(processes: int, packed: Path, out: Path, *settings: str) -> subprocess.Popen[str]:
+    """A run under DeepSpeed's launcher on this machine's CPU."""
+    port = str(29500 + os.getpid() % 1000 + 7 * len(settings))
+    place = ("--num_accelerators", str(processes), "--master_port", port)
+    return start("deepspeed", *place, SCRIPT, *arguments(packed, out, *settings), DS_ACCELERATOR="cpu")
+
+
+def trace(out: Path, rank: int = 0) -> list[dict[str, Any]]:
+    """What a rank saw, a line a micro-batch."""
+    return [json.loads(line) for line in (out / f"trace-{rank}.jsonl").read_text().splitlines()]
+
+
+def metrics(out: Path, kind: str) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl of one kind."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]

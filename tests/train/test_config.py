@@ -1,0 +1,183 @@
+"""Recipes and the DeepSpeed file: what they resolve to, and what every mistake is answered with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from model.aim import AIMOptions
+from pipelines.plan import ClipOptions
+from train.config import (
+    DEEPSPEED_KEYS,
+    RECIPES,
+    Batch,
+    list_recipes,
+    load_config,
+    resolve_batch,
+)
+
+SHARDS = "data.shards=somewhere"
+
+
+def test_defaults_are_the_published_ones() -> None:
+    config = load_config("aim_b16_k400")
+    assert (config.model.name, config.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
+    assert {k: getattr(config.model, k) for k in asdict(AIMOptions())} == asdict(AIMOptions())
+    assert {k: getattr(config.data, k) for k in asdict(ClipOptions())} == asdict(ClipOptions())
+    assert asdict(config.optimizer) == {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
+    assert asdict(config.schedule) == {"epochs": 30.0, "warmup_epochs": 2.5, "warmup_start": 0.1}
+    assert config.deepspeed["train_batch_size"] == 64 and config.deepspeed["gradient_clipping"] == 0.0
+    assert config.bf16 and config.run.out == "runs/aim_b16_k400"
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_resolves_and_says_what_it_needs(path: Path) -> None:
+    assert load_config(path.stem, [SHARDS]) == load_config(str(path), [SHARDS])
+    assert path.read_text().startswith("# ") and path.stem in list_recipes()
+
+
+def test_overrides_take_toml_or_a_bare_word() -> None:
+    settings = [
+        "model.adapters=[]",
+        "model.name=tiny-clip",
+        "optimizer.lr=1",
+        "data.crop_scale=[0.5, 1]",
+        'data.val_split=""',
+    ]
+    config = load_config("my_videos", [*settings, "ds.torch_autocast.enabled=false", "ds.train_batch_size=4"])
+    assert config.model.adapters == () and config.model.name == "tiny-clip" and config.data.val_split == ""
+    assert config.optimizer.lr == 1.0 and config.data.crop_scale == (0.5, 1.0)
+    assert not config.bf16 and config.deepspeed["train_batch_size"] == 4
+
+
+def test_deepspeed_file_of_the_command_line_wins_over_the_recipes(tmp_path: Path) -> None:
+    document = {"train_batch_size": 6, "train_micro_batch_size_per_gpu": 2}
+    (tmp_path / "ours.json").write_text(json.dumps(document))
+    (tmp_path / "theirs.json").write_text(json.dumps(document | {"train_batch_size": 12}))
+    (tmp_path / "r.toml").write_text('deepspeed_config = "ours.json"\n[data]\nshards = "x"\n')
+    recipe = str(tmp_path / "r.toml")
+    assert load_config(recipe).deepspeed["train_batch_size"] == 6
+    assert load_config(recipe, deepspeed_file=str(tmp_path / "theirs.json")).deepspeed["train_batch_size"] == 12
+    assert load_config(recipe).deepspeed["gradient_clipping"] == 0.0  # DeepSpeed's own default would clip at 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("data.num_frame=8", "did you mean data.num_frames?"),
+        ("train.epochs=8", "did you mean schedule.epochs?"),
+        ("nothing.here=8", "sections are data, model"),
+        ("train.train_batch_size=8", "belongs in the DeepSpeed file (ds_config.json)"),
+        ("train.batch_size=8", "has train_batch_size, here --set ds.train_batch_size"),
+        ("ds.train_batchsize=8", "did you mean train_batch_size?"),
+        ("ds.torch_autocast.enable=true", "did you mean torch_autocast.enabled?"),
+        ("ds.lr=0.1", "lr belongs in the recipe, as optimizer.lr"),
+        ("ds.optimizer.type=Adam", "optimizer belongs in the recipe"),
+        ("ds.scheduler.type=WarmupLR", "scheduler belongs in the recipe, as section [schedule]"),
+        ("ds.epochs=3", "epochs belongs in the recipe, as schedule.epochs"),
+        ("ds.gradient_accumulation_steps=2", "leave it out"),
+        ("ds.bf16.enabled=true", "use torch_autocast"),
+        ("ds.fp16.enabled=true", "use torch_autocast"),
+        ("ds.torch_autocast.dtype=float16", 'allowed is "bfloat16"'),
+        ("ds.zero_optimization.stage=2", "allowed is 0"),
+        ("ds.train_batch_size=0", "allowed is 1 or more"),
+        ("ds.train_batch_size=eight", "allowed is a whole number"),
+        ("ds.gradient_clipping=-1", "allowed is 0 (off) or more"),
+        ("optimizer.lr", "the form is section.key=value"),
+        ("lr=0.1", "the form is section.key=value"),
+        ("optimizer.=0.1", "the form is section.key=value"),
+        ("model.adapters=[spatial]", "not valid TOML"),
+        ("optimizer.lr=", "not valid TOML"),
+        ("optimizer.lr=fast", "allowed is a number"),
+        ("optimizer.lr=true", "allowed is a number"),
+        ("optimizer.lr=-0.1", "allowed is more than 0"),
+        ("optimizer.lr=nan", "allowed is more than 0"),
+        ("optimizer.betas=[0.9]", "allowed is [a number, a number]"),
+        ("data.num_frames=8.5", "allowed is a whole number"),
+        ("data.sampling=densely", "allowed are dense, uniform"),
+        ("data.flip=2", "allowed is a probability"),
+        ("data.workers=-1", "allowed is 0 (automatic) to 256"),
+        ("model.method=vivit", "allowed is aim"),
+        ('model.adapters=["spatially"]', "is none of spatial, temporal, joint"),
+        ("schedule.warmup_epochs=9", "allowed is 0 to schedule.epochs = 8"),
+        ("train.log_every=0", "allowed is 1 or more"),
+        ("run.trace=1", "allowed is true or false"),
+    ],
+)
+def test_mistakes_are_one_line_that_says_what_is_right(setting: str, said: str) -> None:
+    with pytest.raises(ValueError) as failure:
+        load_config("demo", [SHARDS, setting])
+    assert said in str(failure.value) and "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[data\n", "is not valid TOML"),
+        ("train_batch_size = 3\n", "belongs in the DeepSpeed file"),
+        ("lr = 0.1\n", "lr stands outside a section; its is [optimizer]"),
+        ("[zero_optimization]\nstage = 1\n", "zero_optimization.stage belongs in the DeepSpeed file"),
+        ("deepspeed_config = 3\n", "allowed is the path of a JSON file"),
+        ('deepspeed_config = "none.json"\n', "no such DeepSpeed file"),
+        ("", "names no data"),
+    ],
+)
+def test_mistakes_in_a_recipe(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises((ValueError, OSError)) as failure:
+        load_config(str(tmp_path / "mine.toml"))
+    assert said in str(failure.value) and str(tmp_path) in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"train_batch_size": 3, "train_batch_size": 4}', "stands there twice"),
+        ("{", "is not valid JSON"),
+        ("[]", "is not a JSON object"),
+        ("{}", "train_batch_size is missing"),
+        ('{"torch_autocast": true}', "allowed is a section with enabled, dtype"),
+    ],
+)
+def test_mistakes_in_a_deepspeed_file(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="ds") as failure:
+        load_config("demo", [SHARDS], str(path))
+    assert said in str(failure.value)
+
+
+def test_unknown_recipe_names_those_there_are() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: dmeo; train/recipes has aim_b16_k400, demo"):
+        load_config("dmeo")
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "world", "expected"),
+    [(64, 16, 1, (16, 4)), (64, 16, 4, (16, 1)), (64, 16, 8, (8, 1)), (60, 16, 2, (15, 2)), (64, 7, 1, (4, 16))],
+)
+def test_batch_is_shared_equally(total: int, micro: int, world: int, expected: tuple[int, int]) -> None:
+    batch = resolve_batch({"train_batch_size": total, "train_micro_batch_size_per_gpu": micro}, world)
+    assert (batch.micro, batch.accumulation) == expected and batch.total == total
+    assert bool(batch.note) == (batch.micro != micro)
+    assert isinstance(batch, Batch)
+
+
+def test_batch_that_cannot_be_shared_is_refused_with_sizes_that_can() -> None:
+    with pytest.raises(ValueError, match=r"set it to 63 or 66 .* or start 1, 2, 4, 8, 16, 32, 64 processes"):
+        resolve_batch({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}, 3)
+
+
+def test_keys_we_pass_on_are_keys_that_deepspeed_knows() -> None:
+    """DeepSpeed takes an unknown top-level key in silence: ours must be spelt as its own source spells them."""
+    from deepspeed.runtime import config as runtime
+    from deepspeed.runtime import constants
+    from deepspeed.runtime.zero import config as zero
+
+    known = {text for module in (runtime, constants, zero) for text in vars(module).values() if isinstance(text, str)}
+    assert DEEPSPEED_KEYS.keys() <= known
+    assert DEEPSPEED_KEYS["torch_autocast"].keys() <= known
+    assert DEEPSPEED_KEYS["zero_optimization"].keys() <= zero.DeepSpeedZeroConfig.model_fields.keys()

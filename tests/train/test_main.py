@@ -1,0 +1,150 @@
+"""The command line: what it prints, what it refuses, and that a refused run leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipelines.shards import write_manifest
+from tests.sets import make_set
+from tests.train.runs import SCRIPT, arguments, launch, start
+from train.main import main
+
+
+def test_without_recipe_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    listed = capsys.readouterr().err
+    assert "aim_b16_k400" in listed and "Kinetics-400" in listed and "demo" in listed
+
+
+def test_print_config_resolves_and_stops(packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments(packed, tmp_path / "run"), "--print-config", "--local_rank=0"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["data"]["num_frames"] == 4 and document["deepspeed"]["train_batch_size"] == 8
+    assert not (tmp_path / "run").exists()
+
+
+def test_error_of_a_program_is_one_line(tmp_path: Path) -> None:
+    process = start(sys.executable, SCRIPT, *arguments(tmp_path / "nowhere", tmp_path / "run"))
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 2 and output == ""
+    assert errors.startswith("error: no such folder of shards") and errors.count("\n") == 1
+
+
+def test_error_of_several_processes_is_said_once(packed: Path, tmp_path: Path) -> None:
+    process = launch(3, packed, tmp_path / "run")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode != 0 and "Traceback" not in errors
+    assert errors.count("error: ") == 1 and "cannot be shared equally by 3 processes: set it to 6 or 9" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def copy_set(tmp_path: Path, **options: Any) -> Path:
+    return make_set(tmp_path / "set", [6, 7, 8, 9], classes=2, splits=("train", "val"), **options)
+
+
+def without_shard(tmp_path: Path) -> Path:
+    folder = copy_set(tmp_path)
+    (folder / "train-000000.tar").unlink()
+    return folder
+
+
+def truncated_shard(tmp_path: Path) -> Path:
+    folder = copy_set(tmp_path)
+    data = (folder / "val-000000.tar").read_bytes()
+    (folder / "val-000000.tar").write_bytes(data[:-512])
+    return folder
+
+
+def damaged_index(tmp_path: Path) -> Path:
+    folder = copy_set(tmp_path)
+    (folder / "train-000000.index.safetensors").write_bytes(b"\0" * 100)
+    return folder
+
+
+def foreign_label(tmp_path: Path) -> Path:
+    """A manifest that knows fewer classes than the index has labels."""
+    folder = copy_set(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    contents = {name: manifest[name] for name in ("classes", "profile", "splits")}
+    write_manifest(folder, contents | {"classes": ["only"]})
+    return folder
+
+
+def without_val(tmp_path: Path) -> Path:
+    return make_set(tmp_path / "set", [6, 7], splits=("train",))
+
+
+def nowhere(tmp_path: Path) -> Path:
+    return tmp_path / "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "said"),
+    [
+        (nowhere, (), "no such folder of shards"),
+        (without_shard, (), "train-000000.tar is listed in the manifest but missing"),
+        (truncated_shard, (), "val-000000.tar has"),
+        (damaged_index, (), "train-000000.index.safetensors is damaged"),
+        (foreign_label, (), "has label 1, allowed are 0..0"),
+        (without_val, (), "has no split 'val'; it has: train; name it in data.val_split, or train without"),
+        (copy_set, ("data.train_split=training",), "has no split 'training'; it has: train, val"),
+        (copy_set, ("model.name=ViT-B-61",), "'ViT-B-61'; close names: "),
+        (copy_set, ("model.name=RN50",), "supported are plain CLIP ViTs"),
+        (copy_set, ("model.pretrained=openia",), "has no weights 'openia'"),
+        (copy_set, ("model.pretrained=none.safetensors",), "no such weight file: none.safetensors"),
+        (copy_set, ("ds.train_batchsize=3",), "did you mean train_batch_size?"),
+    ],
+)
+def test_refused_run_leaves_nothing(
+    tmp_path: Path, make: Callable[[Path], Path], settings: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises((ValueError, OSError)) as failure:
+        main(arguments(make(tmp_path), tmp_path / "run", *settings))
+    assert said in str(failure.value)
+    assert {path.name for path in tmp_path.iterdir()} <= {"set"}
+
+
+def test_weights_without_network_are_one_line(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    settings = ("model.name=ViT-B-32-quickgelu", "model.pretrained=openai")
+    with pytest.raises(ValueError, match=r"ViT-B-32-quickgelu: .* needs a network"):
+        main(arguments(packed, tmp_path / "run", *settings))
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_in_use_is_refused(packed: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").touch()
+    with pytest.raises(FileExistsError, match="exists and is not empty: add --resume"):
+        main(arguments(packed, tmp_path / "run"))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="exists and is not empty"):
+        main(arguments(packed, tmp_path / "file"))
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_run_without_evaluation(tmp_path: Path) -> None:
+    settings = ('data.val_split=""', "schedule.epochs=1", "schedule.warmup_epochs=0")
+    assert main(arguments(without_val(tmp_path), tmp_path / "run", *settings)) == 0
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert "checkpoint-000001" in written and "predictions.npz" not in written
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["packages"]["torch"] and 0 < run["parameters"]["trainable"] < run["parameters"]["total"]
+    assert run["command"][0] == "train/main.py" and run["world_size"] == 1
+
+
+def test_data_that_cannot_be_decoded_stops_the_run_naming_it(tmp_path: Path) -> None:
+    folder = copy_set(tmp_path)
+    size = (folder / "train-000000.tar").stat().st_size
+    (folder / "train-000000.tar").write_bytes(bytes(size))  # as long as it was, and all zero
+    with pytest.raises(ValueError, match=r"samples in a row cannot be decoded; last: .*checksum differs"):
+        main(arguments(folder, tmp_path / "run"))
+    assert not list((tmp_path / "run").glob("checkpoint-*"))

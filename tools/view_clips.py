@@ -1,0 +1,113 @@
+"""Draws what the model really gets: clips after decoding, cropping, resizing and flipping, with their labels.
+
+    python tools/view_clips.py SHARDS --out clips.png
+
+One row a clip, one column a frame; over each row stand the class, the sample's key and its source frame numbers. With
+`--recipe` (and `--set`) the clips are cut as that recipe cuts them. A look costs a second or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from model.backbone import image_size
+from pipelines.cli import run_cli
+from pipelines.loader import ClipBatch, ClipLoader
+from pipelines.plan import Order, Turn, eval_turns
+from pipelines.shards import ShardSet
+from train.config import load_config
+
+_CAPTION = 18  # pixels above each row
+_GAP = 4
+_SMALLEST_FRAME = 96  # smaller frames are enlarged, so that captions and people can be read
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    config = load_config(arguments.recipe, [*arguments.set, f"data.shards={json.dumps(str(arguments.shards))}"])
+    split = arguments.split or (config.data.val_split if arguments.eval else config.data.train_split)
+    shards = ShardSet.open(arguments.shards, split)
+    count = min(arguments.clips, len(shards))
+    with ClipLoader(
+        shards,
+        [first_turns(shards, count, config.train.seed, arguments.eval)],
+        micro_batch=count,
+        size=arguments.size or image_size(config.model.name),
+        options=config.data,
+        seed=config.train.seed,
+    ) as loader:
+        sheet = contact_sheet(next(loader), shards.classes)
+        for sample_id, reason in loader.bad.items():
+            print(f"bad sample {shards[sample_id].key}: {reason}", file=sys.stderr)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(arguments.out)
+    print(f"{arguments.out}: {count} clips of {config.data.num_frames} frames from {arguments.shards}, split {split}")
+
+
+def first_turns(shards: ShardSet, count: int, seed: int, evaluation: bool) -> Sequence[Turn | None]:
+    """The first batch that training, or evaluation, would see."""
+    if evaluation:
+        return next(eval_turns(len(shards), micro_batch=count, rank=0, world=1))
+    order = Order(len(shards), seed)
+    return [order.turn(position) for position in range(count)]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shards", type=Path, metavar="SHARDS", help="folder written by tools/make_shards.py")
+    parser.add_argument("--out", type=Path, default=Path("clips.png"), metavar="FILE", help="picture to write (PNG)")
+    parser.add_argument("--split", help="split to show (default: the recipe's training or validation split)")
+    parser.add_argument("--eval", action="store_true", help="show the evaluation view: no random crop, no flip")
+    parser.add_argument("--clips", type=int, default=8, metavar="N", help="how many clips (default: 8)")
+    parser.add_argument(
+        "--size", type=int, metavar="PIXELS", help="frame size (default: what the recipe's model takes)"
+    )
+    parser.add_argument("--recipe", default="my_videos", help="recipe that cuts the clips (default: my_videos)")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one key of the recipe")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.clips <= 256:
+        parser.error(f"--clips {arguments.clips}: allowed are 1 to 256")
+    if arguments.out.suffix.lower() != ".png":
+        parser.error(f"--out {arguments.out}: the picture is a .png file")
+    return arguments
+
+
+def contact_sheet(batch: ClipBatch, classes: tuple[str, ...]) -> Image.Image:
+    """A picture of all valid clips of a batch, one row each."""
+    captions, rows = [], []
+    for row in np.flatnonzero(batch.valid.numpy()):
+        plan = batch.plans[row]
+        flipped = ", flipped" if plan.flip else ""
+        frames = " ".join(map(str, plan.frames))
+        captions.append(f"{classes[int(batch.labels[row])]}   {batch.keys[row]}   frames {frames}{flipped}")
+        rows.append(batch.frames[row].numpy())
+    return filmstrips(rows, captions)
+
+
+def filmstrips(clips: list[np.ndarray], captions: list[str]) -> Image.Image:
+    """Clips [T, H, W, 3] uint8 as rows of one picture, a caption above each."""
+    factor = max(1, -(-_SMALLEST_FRAME // clips[0].shape[1]))
+    clips = [clip.repeat(factor, 1).repeat(factor, 2) for clip in clips]
+    num_frames, height, width = clips[0].shape[:3]
+    sheet = Image.new("RGB", (num_frames * (width + _GAP), len(clips) * (height + _CAPTION + _GAP)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
+    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
+        top = row * (height + _CAPTION + _GAP)
+        draw.text((2, top + 2), caption, fill="black", font=font)
+        for column, frame in enumerate(clip):
+            sheet.paste(Image.fromarray(frame), (column * (width + _GAP), top + _CAPTION))
+    return sheet
+
+
+if __name__ == "__main__":
+    run_cli(main)

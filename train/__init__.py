@@ -1,0 +1,1 @@
+"""Training: configuration, the DeepSpeed engine, one readable loop, evaluation and checkpoints."""

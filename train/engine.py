@@ -1,0 +1,201 @@
+"""The one door to DeepSpeed: processes, device, gradient accumulation and averaging, clipping, the optimizer step.
+
+DeepSpeed runs at ZeRO stage 0 with a client `torch.optim.AdamW`, which it then calls as it is: with bf16 by
+`torch_autocast` the trainable weights stay the float32 parameters of the model, gradients are float32, are averaged in
+float32, and no copy of the weights is made. The model chooses the precision of its tokens itself.
+
+DeepSpeed is imported only after the environment is set up, for its import already chooses an accelerator and a logger.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from train.config import Batch, OptimizerConfig
+
+STALE_BUILD_SECONDS = 600.0  # building the operator takes about a minute
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run and this one's place among them."""
+
+    rank: int
+    size: int
+    local_size: int
+    """Processes on this machine."""
+    device: torch.device
+
+    def on_first(self, action: Callable[[], object]) -> None:
+        """Runs `action` on rank 0 alone; if it fails, all ranks end: rank 0 with its error, the others silently."""
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                action()
+            except (ValueError, OSError) as failure:
+                error = failure
+        failed = torch.tensor([float(error is not None)], device=self.device)
+        dist.broadcast(failed, src=0)
+        if error is not None:
+            raise error
+        if failed.item():
+            leave_speech_to_first()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sums a tensor over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+
+def leave_speech_to_first() -> None:
+    """Ends a rank whose error rank 0 has too. The launcher kills all once one has ended: rank 0 must speak first."""
+    time.sleep(5.0)
+    raise SystemExit(2)
+
+
+def start_world() -> World:
+    """Joins the processes that `deepspeed` (or torchrun) started, or makes a world of one.
+
+    Raises ValueError when this rank has no device, or DeepSpeed's operator for CPU communication cannot be had.
+    """
+    env = os.environ
+    alone = "RANK" not in env
+    local_size = int(env.get("LOCAL_SIZE") or env.get("LOCAL_WORLD_SIZE") or 1)
+    if alone:
+        place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+        env.update({name: str(value) for name, value in place.items()})
+    local_rank = int(env.get("LOCAL_RANK", "0"))
+    device = _choose_device(local_rank)
+    if "OMP_NUM_THREADS" not in env:  # else every process would take all cores
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"  # where ninja is
+    if device.type == "cpu":
+        env["DS_ACCELERATOR"] = "cpu"
+    for noisy in ("torch.utils.cpp_extension", "torch.distributed.distributed_c10d"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    with _silence():
+        import deepspeed
+    if device.type == "cpu":
+        _build_operator()
+    try:
+        with _silence():
+            deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
+    except dist.DistError as error:
+        raise ValueError(f"the processes cannot find each other: {error}") from error
+    return World(dist.get_rank(), dist.get_world_size(), local_size, device)
+
+
+class Engine:
+    """The model under DeepSpeed."""
+
+    def __init__(
+        self,
+        world: World,
+        model: nn.Module,
+        settings: OptimizerConfig,
+        deepspeed_document: Mapping[str, Any],
+        batch: Batch,
+    ) -> None:
+        import deepspeed
+
+        model.to(world.device)
+        self.optimizer = torch.optim.AdamW(
+            model.optimizer_groups(settings.weight_decay),  # type: ignore[operator]
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True if world.device.type == "cuda" else None,
+        )
+        document = {
+            **deepspeed_document,
+            "train_micro_batch_size_per_gpu": batch.micro,
+            # Its throughput timer waits for the device twice a micro-batch; ours does so only when logging.
+            "timers": {"throughput": {"enabled": False}},
+        }
+        with _silence():
+            self._engine, used, _, _ = deepspeed.initialize(model=model, optimizer=self.optimizer, config=document)
+        assert used is self.optimizer, f"DeepSpeed wrapped the optimizer in {type(used).__name__}"
+        assert self._engine.gradient_accumulation_steps() == batch.accumulation
+
+    def __call__(self, frames: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
+        """Logits of a training micro-batch."""
+        logits: Tensor = self._engine(frames, masks)
+        return logits
+
+    def learn(self, loss: Tensor, lr: float) -> None:
+        """Backward pass; after the last micro-batch of a step also averages, clips, and steps the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.backward(loss)
+        self._engine.step()
+
+
+def _choose_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+            "start fewer processes (deepspeed --num_gpus N)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _build_operator() -> None:
+    """Has DeepSpeed compile its operator for CPU communication if that has not been done; needs a C++ compiler once.
+
+    It is loaded even for one process. A build that was killed leaves a lock which all later ones wait for.
+    """
+    from deepspeed.comm.torch import build_shm_op
+    from torch.utils.cpp_extension import _get_build_directory, get_cxx_compiler
+
+    folder = Path(_get_build_directory("deepspeed_shm_comm", False))
+    lock = folder / "lock"
+    if lock.exists() and time.time() - lock.stat().st_mtime > STALE_BUILD_SECONDS:
+        raise ValueError(f"an earlier build of DeepSpeed's operator was cut off; delete {folder} and start again")
+    if not (folder / "deepspeed_shm_comm.so").exists():
+        if shutil.which(get_cxx_compiler()) is None:
+            raise ValueError(
+                f"DeepSpeed must build a small operator once, and there is no C++ compiler ({get_cxx_compiler()}): "
+                "apt-get install g++, then make setup"
+            )
+        print("building DeepSpeed's operator for CPU communication (once, about a minute)", file=sys.stderr)
+    try:
+        with _silence():
+            build_shm_op()
+    except Exception as error:  # the compiler, ninja and the loader each raise their own kinds
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"DeepSpeed cannot build its operator for CPU communication ({reason}); "
+            f"run make setup, which says what is missing, or delete {folder} and start again"
+        ) from error
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """DeepSpeed prints what it builds and logs what it chooses; warnings of trouble still come through its logger."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,196 @@
+"""The training loop: fetch, learn, log, save, evaluate."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from model.aim import AIM
+from pipelines.loader import ClipBatch, ClipLoader, default_workers
+from pipelines.plan import Order, draw_masks, num_steps, train_turns
+from pipelines.shards import ShardSet
+from train.checkpoint import save_checkpoint
+from train.clock import Clock, Pace
+from train.config import Batch, Config
+from train.engine import Engine, World
+from train.evaluate import evaluate
+from train.metrics import MetricsLog, eval_line, train_line
+from train.schedule import crosses, learning_rate
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run consists of."""
+
+    config: Config
+    world: World
+    batch: Batch
+    model: AIM
+    engine: Engine
+    shards: ShardSet
+    """The training split."""
+    val_shards: ShardSet | None
+    """The split to evaluate on, if any."""
+    out: Path
+    run: Mapping[str, Any]
+    """What the run is, for its checkpoints: see `checkpoint.identity`."""
+    start_step: int
+    """Optimizer steps done before."""
+
+    @property
+    def num_steps(self) -> int:
+        return num_steps(self.config.schedule.epochs, len(self.shards), self.batch.total)
+
+    def loader_options(self) -> dict[str, Any]:
+        """How clips are cut and read, in training and evaluation alike."""
+        data, device = self.config.data, self.world.device
+        return {
+            "options": data,
+            "seed": self.config.train.seed,
+            "workers": data.workers or default_workers(self.world.local_size, device.type),
+            "prefetch": data.prefetch,
+            "max_bad_fraction": data.max_bad_fraction,
+            "device": device,
+        }
+
+    def train_loader(self) -> ClipLoader:
+        """This rank's training micro-batches, from the next step to the last."""
+        turns = train_turns(
+            Order(len(self.shards), self.config.train.seed),
+            global_batch=self.batch.total,
+            micro_batch=self.batch.micro,
+            rank=self.world.rank,
+            world=self.world.size,
+            start_step=self.start_step,
+            num_steps=self.num_steps,
+        )
+        size = self.model.geometry.image_size
+        return ClipLoader(self.shards, turns, micro_batch=self.batch.micro, size=size, **self.loader_options())
+
+
+def train(job: Job, log: MetricsLog | None) -> None:
+    """Trains to the last step; rank 0 has a log.
+
+    The host waits for the device only on steps that are logged (every one that saves or evaluates is), or traced, and
+    once after the warm-up.
+    Raises ValueError when the loss is no longer a finite number: nothing is saved then.
+    """
+    config, world, device, batch = job.config, job.world, job.world.device, job.batch
+    probabilities = {name: p.numpy() for name, p in job.model.random_masks.items()}
+    loss_sum, loss_count = torch.zeros((), device=device), 0
+    with job.train_loader() as loader:
+        clock = Clock(batch.total, lambda: loader.wait_seconds)
+        logged = clock.read()
+        for step in range(job.start_step + 1, job.num_steps + 1):
+            lr = learning_rate(step - 1, job.num_steps, config.optimizer.lr, config.schedule)
+
+            for _ in range(batch.accumulation):
+                clips = next(loader)
+                drawn = draw_masks(config.train.seed, clips.turns, probabilities)
+                masks = {name: torch.from_numpy(mask).to(device, non_blocking=True) for name, mask in drawn.items()}
+                logits = job.engine(clips.frames.to(device, non_blocking=True), masks)
+                labels = clips.labels.to(device, non_blocking=True)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.train.label_smoothing)
+                job.engine.learn(loss, lr)
+                loss_sum += loss.detach()
+                loss_count += 1
+                if config.run.trace:
+                    _trace(job, step, clips, loss.item())
+
+            if clock.step_done():
+                loss_sum.item()  # the device has done the warm-up steps
+                clock.start_measuring()
+            ends, seen, before = step == job.num_steps, step * batch.total, (step - 1) * batch.total
+            saves = ends or crosses(step, step - 1, config.train.checkpoint_every)
+            evaluates = ends or crosses(seen, before, config.train.eval_every * len(job.shards))
+            if saves or evaluates or step % config.train.log_every == 0:
+                mean = world.sum(loss_sum / loss_count).item() / world.size
+                _require_finite(mean, step, lr)
+                whole = clock.read()
+                if log is not None:
+                    _log(job, log, step, mean, lr, whole.since(logged), whole, loader)
+                loss_sum, loss_count, logged = torch.zeros((), device=device), 0, whole
+            if saves:
+                with clock.paused():
+                    _save(job, step)
+            if evaluates:
+                with clock.paused():
+                    _evaluate(job, step, log)
+        if log is not None:
+            log.write("end", job.num_steps, paused_seconds=clock.paused_seconds, **_pace_values(clock.read()))
+
+
+def _require_finite(loss: float, step: int, lr: float) -> None:
+    if not math.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss} at step {step} (learning rate {lr:.2e}): lower optimizer.lr, lengthen "
+            "schedule.warmup_epochs or set ds.gradient_clipping=1.0; the last checkpoint is from before"
+        )
+
+
+def _log(
+    job: Job, log: MetricsLog, step: int, loss: float, lr: float, pace: Pace, whole: Pace, loader: ClipLoader
+) -> None:
+    epoch = step * job.batch.total / len(job.shards)
+    values = {"epoch": epoch, "loss": loss, "lr": lr, "bad_samples": len(loader.bad), **_pace_values(pace)}
+    log.write("train", step, **values)
+    line = train_line(step=step, num_steps=job.num_steps, epoch=epoch, loss=loss, lr=lr, pace=pace, whole=whole)
+    print(line, flush=True)
+
+
+def _pace_values(pace: Pace) -> dict[str, float | None]:
+    names = ("steps", "clips_per_s", "step_ms", "wait_ms", "wait_share")
+    return {("measured_steps" if name == "steps" else name): getattr(pace, name) for name in names}
+
+
+def _save(job: Job, step: int) -> None:
+    job.world.on_first(
+        lambda: save_checkpoint(
+            job.out,
+            step,
+            job.model,
+            job.engine.optimizer,
+            run=job.run,
+            config=job.config,
+            world_size=job.world.size,
+            batch=job.batch,
+            keep=job.config.train.keep,
+        )
+    )
+
+
+def _evaluate(job: Job, step: int, log: MetricsLog | None) -> None:
+    """Evaluates if there is something to evaluate on; the answers of the last step are kept in predictions.npz."""
+    shards = job.val_shards
+    if shards is None:
+        return
+    result = evaluate(job.model, shards, job.world, micro_batch=job.batch.micro, loader_options=job.loader_options())
+    if log is None:
+        return
+    metrics = result.metrics()
+    log.write("eval", step, epoch=step * job.batch.total / len(job.shards), **metrics)
+    print(eval_line(step, metrics), flush=True)
+    if step == job.num_steps:
+        result.save(job.out / "predictions.npz", shards)
+
+
+def _trace(job: Job, step: int, clips: ClipBatch, loss: float) -> None:
+    """One line a micro-batch: what this rank saw, and its loss to the last bit."""
+    entry = {
+        "step": step,
+        "loss": loss,
+        "samples": [turn.sample_id for turn in clips.turns],
+        "epochs": [turn.epoch for turn in clips.turns],
+        "frames": [plan.frames for plan in clips.plans],
+        "boxes": [plan.box for plan in clips.plans],
+        "flips": [plan.flip for plan in clips.plans],
+    }
+    with (job.out / f"trace-{job.world.rank}.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")

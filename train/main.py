@@ -1,0 +1,91 @@
+"""Trains a video classifier: `python train/main.py --recipe NAME`, or `deepspeed train/main.py …` on several devices.
+
+Without --recipe it lists the recipes. What a run writes goes to its folder (run.out): run.json (what was run, on what),
+metrics.jsonl and tensorboard/, checkpoint-<step>/ (the last few), predictions.npz (answers of the last evaluation).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+# Before torch is loaded: threads that spin while they wait take the cores from the decode workers; on a busy machine a
+# step of the tiny model went from 0.1 to 5 s.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from pipelines.cli import run_cli
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one training; returns the exit status. Raises ValueError or OSError for what a user can mend."""
+    arguments = _parse(argv)
+    from train.config import list_recipes, load_config, resolve_batch
+
+    if arguments.recipe is None:
+        print(f"name a recipe, such as --recipe demo:\n{list_recipes()}", file=sys.stderr)
+        return 2
+    with _said_once():
+        config = load_config(arguments.recipe, arguments.set, arguments.deepspeed_config)
+        batch = resolve_batch(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
+        if arguments.print_config:
+            import json
+
+            print(json.dumps(config.as_dict(), indent=1))
+            return 0
+
+        from train.start import prepare
+
+        prepared = prepare(config, batch, resume=arguments.resume)
+    prepared.run(sys.argv if argv is None else ["train/main.py", *argv])
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", help="a TOML file, or the name of one in train/recipes")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one key: section.key=value of the recipe, ds.key=value of the DeepSpeed file (repeatable)",
+    )
+    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON; default: what the recipe names, or ds_config.json")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in run.out")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser.parse_args(argv)
+
+
+@contextlib.contextmanager
+def _said_once() -> Iterator[None]:
+    """For what every rank finds out alike: only rank 0 reports it."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        from train.engine import leave_speech_to_first
+
+        leave_speech_to_first()
+
+
+def _program() -> int:
+    """`main`, and then out of the process group, which NCCL asks for at the end."""
+    status = main()
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return status
+
+
+if __name__ == "__main__":
+    run_cli(_program)

@@ -1,0 +1,157 @@
+"""From a resolved configuration to a running job: check everything, join the processes, build, resume, train."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.aim import AIM
+from model.parameters import count_parameters, parameter_table
+from pipelines.shards import ShardSet, write_durably
+from train.build import backbone_checksum, build_model
+from train.checkpoint import identity, newest_checkpoint, resume
+from train.config import ROOT, Batch, Config
+from train.engine import Engine, World, start_world
+from train.loop import Job, train
+from train.metrics import MetricsLog
+
+PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "numpy", "open_clip_torch", "safetensors", "torch", "xformers")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run of which everything that needs no other process has been checked; nothing is written yet."""
+
+    config: Config
+    batch: Batch
+    shards: ShardSet
+    val_shards: ShardSet | None
+    checkpoint: Path | None
+    model: AIM
+    backbone: str
+
+    def run(self, command: Sequence[str]) -> None:
+        """Joins the other processes and trains. `command` is for the record."""
+        world = start_world()
+        config, out = self.config, Path(self.config.run.out)
+        if config.bf16:
+            self.model.set_compute_dtype(torch.bfloat16)
+        engine = Engine(world, self.model, config.optimizer, config.deepspeed, self.batch)
+        run = identity(config, fingerprint=self.shards.fingerprint, backbone=self.backbone)
+        start_step = 0
+        if self.checkpoint is not None:
+            start_step = int(resume(self.checkpoint, self.model, engine.optimizer, run)["step"])
+        world.on_first(lambda: _write_run_json(out, self, world, command, start_step))
+        parts = (self.model, engine, self.shards, self.val_shards)
+        job = Job(config, world, self.batch, *parts, out, run, start_step)
+        log = None
+        if world.rank == 0:
+            print(_opening(job), flush=True)
+            log = MetricsLog(out, start_step)
+        train(job, log)
+        if log is not None:
+            log.close()
+
+
+def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
+    """Opens and checks the data, finds the checkpoint, builds the model.
+
+    Raises ValueError or OSError: shards missing or damaged, no such split, run.out in use, an unknown model.
+    """
+    out = Path(config.run.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+        raise FileExistsError(
+            f"{out} exists and is not empty: add --resume to continue that run, or choose another with --set run.out=…"
+        )
+    shards = _open_shards(config, config.data.train_split)
+    val_shards = _open_shards(config, config.data.val_split) if config.data.val_split else None
+    checkpoint = newest_checkpoint(out) if resume and out.is_dir() else None
+    if os.environ.get("RANK", "0") == "0":
+        if resume and checkpoint is None:
+            print(f"no checkpoint in {out}: starting from the beginning")
+        print(f"loading {config.model.name}, weights {config.model.pretrained}", flush=True)  # may download for minutes
+    frames, seed = config.data.num_frames, config.train.seed
+    model = build_model(config.model, num_classes=len(shards.classes), num_frames=frames, seed=seed)
+    return Prepared(config, batch, shards, val_shards, checkpoint, model, backbone_checksum(model))
+
+
+def _open_shards(config: Config, split: str) -> ShardSet:
+    """A split of which every shard is there, whole, and fits its index."""
+    try:
+        shards = ShardSet.open(config.data.shards, split)
+    except ValueError as error:
+        if split == config.data.val_split and "has no split" in str(error):
+            raise ValueError(
+                f'{error}; name it in data.val_split, or train without: --set data.val_split=""'
+            ) from error
+        raise
+    first = 0
+    for shard in shards.shards:
+        if shard.samples:
+            shards[first]
+        first += shard.samples
+    return shards
+
+
+def _opening(job: Job) -> str:
+    """What is printed before the first step."""
+    config, batch, world = job.config, job.batch, job.world
+    lines = [parameter_table(job.model)]
+    if batch.note:
+        lines.append(batch.note)
+    lines.append(
+        f"{len(job.shards)} samples, {len(job.shards.classes)} classes; {job.num_steps} steps of {batch.total} "
+        f"clips: {world.size} processes × {batch.accumulation} micro-batches × {batch.micro}, on {world.device.type}, "
+        f"{'bfloat16' if config.bf16 else 'float32'}"
+    )
+    lines.append(f"from step {job.start_step}, into {job.out}" if job.start_step else f"into {job.out}")
+    return "\n".join(lines)
+
+
+def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequence[str], start_step: int) -> None:
+    """Writes run.json, which begins the run's folder."""
+    document: dict[str, Any] = {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": list(command),
+        "resumed_from_step": start_step,
+        "config": prepared.config.as_dict(),
+        "parameters": dict(zip(("total", "trainable"), count_parameters(prepared.model), strict=True)),
+        "shards_fingerprint": prepared.shards.fingerprint,
+        "backbone_checksum": prepared.backbone,
+        "world_size": world.size,
+        "micro_batch": prepared.batch.micro,
+        "accumulation": prepared.batch.accumulation,
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "packages": {name: version(name) for name in PACKAGES},
+        "git": _git_commit(),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_durably(out / "run.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _git_commit() -> str | None:
+    """The commit of this source tree, with `+changes` if files differ from it; None outside a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        commit = git("rev-parse", "HEAD").strip()
+        return f"{commit}+changes" if git("status", "--porcelain").strip() else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
