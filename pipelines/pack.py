@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 
 from pipelines.annotations import SPLITS, Listing, Video
+from pipelines.encode import DEFAULT_QUALITY, FrameChoice, check_quality, encode_video, library_versions
 from pipelines.shards import PROFILES, EncodedVideo, ShardInfo, ShardWriter, write_durably, write_manifest
-from pipelines.video import DEFAULT_QUALITY, FrameChoice, VideoError, check_quality, encode_video, library_versions
+from pipelines.video import VideoError
 
 _SPAWN = multiprocessing.get_context("spawn")  # fork would copy the parent's threads and locks in unknown states
 _VIDEOS_AHEAD = 3  # per worker: how far workers may run ahead of the writer

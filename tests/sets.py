@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from pipelines.encode import FrameChoice, encode_video
 from pipelines.shards import ShardSet, ShardWriter, write_manifest
-from pipelines.video import FrameChoice, encode_video
 from tests.videos import write_video
 
 

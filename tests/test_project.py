@@ -7,15 +7,11 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
 # Heavy dependency: the only files outside tests/ that may import it; all the rest runs without.
 DOORS: dict[str, set[str]] = {
     "nvidia.dali": {"pipelines/dali.py"},
-    "av": {"pipelines/video.py", "tools/make_motion_videos.py"},  # the tool writes source videos
+    "av": {"pipelines/video.py", "pipelines/encode.py", "tools/make_motion_videos.py"},  # the tool writes source videos
     "open_clip": {"model/backbone.py", "tools/pretrain_clip.py"},  # the tool pretrains with it
     "xformers": {"model/attention.py"},
     "deepspeed": {"train/engine.py"},

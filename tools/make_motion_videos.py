@@ -187,7 +187,7 @@ def _grow(rng: np.random.Generator, frames: int) -> tuple[Floats, Floats, Floats
 def _turn(rng: np.random.Generator, frames: int) -> tuple[Floats, Floats, Floats, Floats]:
     """A large shape turns in place, at most MAX_TURN_DEGREES between sampled frames."""
     widest_gap = int(np.diff(sampled_frames(frames)).max())
-    degrees_per_frame = rng.uniform(20.0, MAX_TURN_DEGREES) / widest_gap
+    degrees_per_frame = rng.uniform(35.0, MAX_TURN_DEGREES) / widest_gap
     start = rng.uniform(0, 360)
     return (
         _constant(rng.uniform(0.42, 0.58), frames),

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from pipelines.annotations import Listing, list_videos
 from pipelines.cli import run_cli
+from pipelines.encode import DEFAULT_QUALITY
 from pipelines.pack import PackReport, PackSettings, pack_videos
 from pipelines.shards import PROFILES
-from pipelines.video import DEFAULT_QUALITY
 
 SHORT_SIDE = 256  # pixels: what the published recipes train from
 
@@ -74,7 +74,7 @@ def _parse_args() -> argparse.Namespace:
     add(
         "--short-side",
         metavar="S|source",
-        help=f"scale down to S pixels on the shorter side, or keep the source's; never enlarges (default: {SHORT_SIDE})",
+        help=f"scale down to S pixels on the shorter side, or keep the source; never enlarges (default: {SHORT_SIDE})",
     )
     add("--quality", type=int, metavar="Q", help=f"1 (smallest) to 100 (best) (default: {DEFAULT_QUALITY})")
     add("--max-shard-mb", type=float, default=1000, metavar="MB", help="size limit of a shard (default: %(default)s)")

@@ -58,7 +58,11 @@ def main() -> None:
     )
     for rung, (title, adapters) in LADDER.items():
         print(f"\n=== {title} ===", flush=True)
-        settings = {"data.shards": str(out / "shards"), "model.adapters": adapters, "run.out": str(out / rung)}
+        settings: dict[str, object] = {
+            "data.shards": str(out / "shards"),
+            "model.adapters": adapters,
+            "run.out": str(out / rung),
+        }
         if arguments.quick:
             settings |= {"schedule.epochs": 1, "schedule.warmup_epochs": 0.1, "train.log_every": 1}
         overrides = [text for key, value in settings.items() for text in ("--set", f"{key}={json.dumps(value)}")]

@@ -42,7 +42,7 @@ class World:
     device: torch.device
 
     def on_first(self, action: Callable[[], object]) -> None:
-        """Runs `action` on rank 0 alone; if it fails, all ranks end: rank 0 with its error, the others silently."""
+        """Runs `action` on rank 0 alone; if it raises ValueError or OSError there, all ranks raise."""
         error: Exception | None = None
         if self.rank == 0:
             try:
@@ -54,7 +54,7 @@ class World:
         if error is not None:
             raise error
         if failed.item():
-            leave_speech_to_first()
+            raise ValueError("rank 0 could not go on; it says why")
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums a tensor over all processes, in place."""
@@ -63,16 +63,10 @@ class World:
         return values
 
 
-def leave_speech_to_first() -> None:
-    """Ends a rank whose error rank 0 has too. The launcher kills all once one has ended: rank 0 must speak first."""
-    time.sleep(5.0)
-    raise SystemExit(2)
-
-
 def start_world() -> World:
     """Joins the processes that `deepspeed` (or torchrun) started, or makes a world of one.
 
-    Raises ValueError when this rank has no device, or DeepSpeed's operator for CPU communication cannot be had.
+    Raises ValueError when there are too few GPUs, or DeepSpeed's operator for CPU communication cannot be had.
     """
     env = os.environ
     alone = "RANK" not in env
@@ -81,7 +75,7 @@ def start_world() -> World:
         place = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
         env.update({name: str(value) for name, value in place.items()})
     local_rank = int(env.get("LOCAL_RANK", "0"))
-    device = _choose_device(local_rank)
+    device = _choose_device(local_rank, local_size)
     if "OMP_NUM_THREADS" not in env:  # else every process would take all cores
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"  # where ninja is
@@ -146,13 +140,13 @@ class Engine:
         self._engine.step()
 
 
-def _choose_device(local_rank: int) -> torch.device:
+def _choose_device(local_rank: int, local_size: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if local_size > torch.cuda.device_count():
         raise ValueError(
-            f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-            "start fewer processes (deepspeed --num_gpus N)"
+            f"{local_size} processes on this machine and {torch.cuda.device_count()} GPUs: start as many as there are "
+            "(deepspeed --num_gpus N)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -7,10 +7,11 @@ metrics.jsonl and tensorboard/, checkpoint-<step>/ (the last few), predictions.n
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:
@@ -31,19 +32,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.recipe is None:
         print(f"name a recipe, such as --recipe demo:\n{list_recipes()}", file=sys.stderr)
         return 2
-    with _said_once():
-        config = load_config(arguments.recipe, arguments.set, arguments.deepspeed_config)
-        batch = resolve_batch(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
-        if arguments.print_config:
-            import json
+    config = load_config(arguments.recipe, arguments.set, arguments.deepspeed_config)
+    batch = resolve_batch(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
+    if arguments.print_config:
+        print(json.dumps(config.as_dict(), indent=1))
+        return 0
+    from train.start import prepare
 
-            print(json.dumps(config.as_dict(), indent=1))
-            return 0
-
-        from train.start import prepare
-
-        prepared = prepare(config, batch, resume=arguments.resume)
-    prepared.run(sys.argv if argv is None else ["train/main.py", *argv])
+    prepare(config, batch, resume=arguments.resume).run(sys.argv if argv is None else ["train/main.py", *argv])
     return 0
 
 
@@ -64,23 +60,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@contextlib.contextmanager
-def _said_once() -> Iterator[None]:
-    """For what every rank finds out alike: only rank 0 reports it."""
-    try:
-        yield
-    except (ValueError, OSError):
-        if os.environ.get("RANK", "0") == "0":
-            raise
-        from train.engine import leave_speech_to_first
-
-        leave_speech_to_first()
-
-
 def _program() -> int:
-    """`main`, and then out of the process group, which NCCL asks for at the end."""
-    status = main()
-    import torch.distributed as dist
+    """`main` as one process of several.
+
+    They often fail alike: then the launcher ends the others while they wait here, and only rank 0's message is seen.
+    One that failed alone is heard after all.
+    """
+    try:
+        status = main()
+    except (ValueError, OSError):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5.0)
+        raise
+    import torch.distributed as dist  # NCCL asks to be left in order
 
     if dist.is_initialized():
         dist.destroy_process_group()

