@@ -11,7 +11,7 @@ on a GPU yet.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,9 +27,10 @@ class CropExecutor:
     The result is a NumPy array on the CPU and a torch tensor on CUDA, valid until the next call.
     """
 
-    def __init__(self, size: int, *, device: Literal["cpu", "gpu"] = "cpu", max_images: int = 256) -> None:
+    def __init__(self, size: int, *, gpu: int | None = None, max_images: int = 256) -> None:
+        """`size` in pixels; `gpu` is the number of a CUDA device, None for the CPU."""
         self.size = size
-        self.device = device
+        self.gpu = gpu
         self.max_images = max_images
         self._pipelines: dict[str, Any] = {}
 
@@ -55,7 +56,7 @@ class CropExecutor:
         except RuntimeError as error:
             del self._pipelines[kind]  # DALI calls a pipeline invalid after an error; the next call builds another
             raise ValueError(f"DALI cannot decode: {_reason(error)}") from error
-        if self.device == "cpu":
+        if self.gpu is None:
             return crops.as_array()
         import torch  # only where the crops stay on the GPU; decode workers do without
 
@@ -65,10 +66,10 @@ class CropExecutor:
         pipeline = _crop_pipeline(
             kind,
             self.size,
-            self.device,
+            self.gpu is not None,
             batch_size=self.max_images,
-            num_threads=1 if self.device == "cpu" else 4,
-            device_id=None if self.device == "cpu" else 0,
+            num_threads=1 if self.gpu is None else 4,
+            device_id=self.gpu,
             exec_async=False,
             exec_pipelined=False,
             prefetch_queue_depth=1,
@@ -78,17 +79,17 @@ class CropExecutor:
 
 
 @pipeline_def
-def _crop_pipeline(kind: str, size: int, device: str) -> Any:
+def _crop_pipeline(kind: str, size: int, on_gpu: bool) -> Any:
     anchor = fn.external_source(name="anchor", dtype=types.INT32, ndim=1)  # top, left
     shape = fn.external_source(name="shape", dtype=types.INT32, ndim=1)  # height, width
     flip = fn.external_source(name="flip", dtype=types.INT32, ndim=0)
     if kind == "jpeg":
         data = fn.external_source(name="image", dtype=types.UINT8, ndim=1)
-        decoder = "cpu" if device == "cpu" else "mixed"
+        decoder = "mixed" if on_gpu else "cpu"
         image = fn.decoders.image_slice(data, anchor, shape, axes=[0, 1], output_type=types.RGB, device=decoder)
     else:
         data = fn.external_source(name="image", dtype=types.UINT8, ndim=3, layout="HWC")
-        image = fn.slice(data if device == "cpu" else data.gpu(), anchor, shape, axes=[0, 1])
+        image = fn.slice(data.gpu() if on_gpu else data, anchor, shape, axes=[0, 1])
     image = fn.resize(image, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
     return fn.flip(image, horizontal=flip)
 

@@ -8,7 +8,7 @@ once. JPEGs go to DALI as bytes; what only FFmpeg can decode goes through the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +25,10 @@ IMAGES_A_RUN = 256  # images the executor works on at once: enough to hide its 0
 class ClipDecoder:
     """Decodes planned clips of one shard set. Holds open files and an executor; not for several threads."""
 
-    def __init__(self, shards: ShardSet, size: int, num_frames: int, *, device: Literal["cpu", "gpu"] = "cpu") -> None:
+    def __init__(self, shards: ShardSet, size: int, num_frames: int, *, gpu: int | None = None) -> None:
         self._shards = shards
         self._reader = ShardReader()
-        self._executor = CropExecutor(size, device=device, max_images=max(IMAGES_A_RUN, num_frames))
+        self._executor = CropExecutor(size, gpu=gpu, max_images=max(IMAGES_A_RUN, num_frames))
         whole_videos = shards.profile == "copy"  # source-sized frames: hold those of one clip at a time
         self._clips_a_run = 1 if whole_videos else max(1, IMAGES_A_RUN // num_frames)
 

@@ -85,8 +85,9 @@ class ClipLoader:
         self._turns = iter(turns)
         self._max_bad_fraction = max_bad_fraction
         shape = (prefetch + 1, micro_batch, options.num_frames, size, size, 3)
-        on_gpu = torch.device(device).type == "cuda" and shards.profile == "jpeg"
-        self._decoder: _Decoder = _GpuThread(shards, shape) if on_gpu else _WorkerPool(shards, shape, workers)
+        device = torch.device(device)
+        on_gpu = device.type == "cuda" and shards.profile == "jpeg"
+        self._decoder: _Decoder = _GpuThread(shards, shape, device) if on_gpu else _WorkerPool(shards, shape, workers)
         self._free = deque(range(prefetch + 1))
         self._pending: deque[_Pending] = deque()
         self._in_use: int | None = None
@@ -203,20 +204,25 @@ class _Pending:
     attempts: dict[int, int] = field(default_factory=dict)
 
 
+Settled = tuple[int, int, str | None]
+"""Slot, row, and why it failed or None."""
+
+
 class _Decoder(Protocol):
-    """Decodes clips into slots; `collect` blocks until some are settled: (slot, row, reason or None)."""
+    """Decodes clips into slots; `collect` blocks until some are settled."""
 
     clips: Tensor
     """uint8 [slots, B, T, S, S, 3]."""
 
     def submit(self, slot: int, rows: list[int], plans: list[ClipPlan]) -> None: ...
 
-    def collect(self) -> list[tuple[int, int, str | None]]: ...
+    def collect(self) -> list[Settled]: ...
 
     def close(self) -> None: ...
 
 
 Shape = tuple[int, int, int, int, int, int]
+"""Slots, clips, frames, height, width, channels."""
 
 
 class _WorkerPool:
@@ -244,10 +250,10 @@ class _WorkerPool:
             if part:
                 worker.send(Task(slot, tuple(rows[i] for i in part), tuple(plans[i] for i in part)))
 
-    def collect(self) -> list[tuple[int, int, str | None]]:
+    def collect(self) -> list[Settled]:
         busy = [worker for worker in self._workers if worker.tasks]
         ready = wait([worker.connection for worker in busy], timeout=1.0)
-        settled: list[tuple[int, int, str | None]] = []
+        settled: list[Settled] = []
         for worker in busy:
             if worker.connection in ready:
                 settled += self._answer(worker)
@@ -262,7 +268,7 @@ class _WorkerPool:
             os.close(self._descriptor)
             self._descriptor = -1
 
-    def _answer(self, worker: _Worker) -> list[tuple[int, int, str | None]]:
+    def _answer(self, worker: _Worker) -> list[Settled]:
         try:
             failures = dict(worker.receive())
         except (EOFError, ConnectionResetError):
@@ -270,7 +276,7 @@ class _WorkerPool:
         task = worker.tasks.popleft()
         return [(task.slot, row, failures.get(i)) for i, row in enumerate(task.rows)]
 
-    def _replace(self, worker: _Worker, reason: str) -> list[tuple[int, int, str | None]]:
+    def _replace(self, worker: _Worker, reason: str) -> list[Settled]:
         """Puts a fresh worker in the place of a dead or hanging one. Of the clips that it was at, each is tried again
         alone; one that was alone already is what did it."""
         if not worker.has_answered:
@@ -281,7 +287,7 @@ class _WorkerPool:
         fresh = self._workers[self._workers.index(worker)] = _Worker(self._setup, self._descriptor)
         fresh.has_answered = True
         at = tasks.popleft()
-        settled: list[tuple[int, int, str | None]] = []
+        settled: list[Settled] = []
         if len(at.rows) == 1:
             settled = [(at.slot, at.rows[0], reason)]
         else:
@@ -346,30 +352,33 @@ class _Worker:
 
 
 class _GpuThread:
-    """DALI on the GPU in a thread of this process: decoded clips never leave the device."""
+    """DALI on the GPU in a thread of this process, on a stream of its own: decoded clips never leave the device."""
 
-    def __init__(self, shards: ShardSet, shape: Shape) -> None:
+    def __init__(self, shards: ShardSet, shape: Shape, device: torch.device) -> None:
         from pipelines.decode import ClipDecoder
 
-        self.clips = torch.empty(shape, dtype=torch.uint8, device="cuda")
-        self._decoder = ClipDecoder(shards, size=shape[3], num_frames=shape[2], device="gpu")
+        number = torch.cuda.current_device() if device.index is None else device.index
+        self.clips = torch.empty(shape, dtype=torch.uint8, device=device)
+        self._decoder = ClipDecoder(shards, size=shape[3], num_frames=shape[2], gpu=number)
+        self._stream = torch.cuda.Stream(device)
         self._thread = ThreadPoolExecutor(max_workers=1)
-        self._futures: deque[Future[list[tuple[int, int, str | None]]]] = deque()
+        self._futures: deque[Future[list[Settled]]] = deque()
 
     def submit(self, slot: int, rows: list[int], plans: list[ClipPlan]) -> None:
         self._futures.append(self._thread.submit(self._decode, slot, rows, plans))
 
-    def collect(self) -> list[tuple[int, int, str | None]]:
+    def collect(self) -> list[Settled]:
         return self._futures.popleft().result()
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _decode(self, slot: int, rows: list[int], plans: list[ClipPlan]) -> list[tuple[int, int, str | None]]:
-        decoded = torch.empty((len(rows), *self.clips.shape[2:]), dtype=torch.uint8, device="cuda")
-        failures = dict(self._decoder.decode_into(plans, decoded))
-        self.clips[slot, rows] = decoded
-        torch.cuda.current_stream().synchronize()  # the trainer reads on another stream
+    def _decode(self, slot: int, rows: list[int], plans: list[ClipPlan]) -> list[Settled]:
+        with torch.cuda.stream(self._stream):
+            decoded = torch.empty((len(rows), *self.clips.shape[2:]), dtype=torch.uint8, device=self.clips.device)
+            failures = dict(self._decoder.decode_into(plans, decoded))
+            self.clips[slot, rows] = decoded
+        self._stream.synchronize()  # the trainer reads on another stream, and only what is settled
         return [(slot, row, failures.get(i)) for i, row in enumerate(rows)]
 
 
