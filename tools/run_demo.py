@@ -29,8 +29,9 @@ import numpy as np
 
 from pipelines.cli import run_cli
 from pipelines.loader import ClipLoader
-from pipelines.plan import eval_turns
+from pipelines.plan import EVAL_EPOCH, Turn
 from pipelines.shards import ShardSet, write_durably
+from tools.make_motion_videos import PAIRS
 from tools.view_clips import filmstrips
 from train.config import load_config
 
@@ -68,9 +69,13 @@ def main() -> None:
         overrides = [text for key, value in settings.items() for text in ("--set", f"{key}={json.dumps(value)}")]
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "1"]
         run("train/main.py", "--recipe", "demo", *overrides, launcher=launcher)
-    summary = {"rungs": {rung: summarise(out / rung) for rung in LADDER}, "seconds": time.monotonic() - start}
     draw_report(out)
-    summary["seconds"] = round(time.monotonic() - start, 1)
+    summary = {
+        "rungs": {rung: summarise(out / rung) for rung in LADDER},
+        "seconds": round(time.monotonic() - start, 1),
+        "quick": arguments.quick,
+        "environment": environment(out / "joint"),
+    }
     write_durably(out / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
     print("\n" + table(summary))
     print(f"\n{out / 'summary.json'}   {out / 'report.png'}   {summary['seconds']:.0f} s")
@@ -126,6 +131,12 @@ def summarise(folder: Path) -> dict[str, float]:
     }
 
 
+def environment(folder: Path) -> dict[str, Any]:
+    """Where and with what a run was made: for results that are kept."""
+    facts = json.loads((folder / "run.json").read_text())
+    return {name: facts[name] for name in ("device", "cores", "platform", "python", "packages", "git")}
+
+
 def table(summary: dict[str, Any]) -> str:
     """The ladder for people."""
     lines = [f"{'':24} {'top-1':>7} {'trainable':>10} {'clips/s':>8} {'waiting':>8}"]
@@ -141,9 +152,9 @@ def draw_report(out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(13, 11), layout="constrained")
-    curves, ladder = figure.add_subfigures(2, 1, height_ratios=[1, 1.9])[0].subplots(1, 2)
-    strip = figure.subfigs[1].subplots()
+    figure = plt.figure(figsize=(15, 9), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1, 1.1])
+    (curves, ladder), strip = above.subplots(1, 2), below.subplots()
     tops = []
     for rung, (title, _) in LADDER.items():
         train = read_metrics(out / rung, "train")
@@ -154,33 +165,34 @@ def draw_report(out: Path) -> None:
     bars = ladder.barh([title for title, _ in LADDER.values()], tops, color=["0.7", "0.7", "C2", "C3"])
     ladder.bar_label(bars, fmt="%.1f %%", padding=3)
     ladder.axvline(50, color="black", linestyle="--", linewidth=1)
-    ladder.text(50.5, -0.75, "all that can be told without the order of frames", fontsize=8)
+    ladder.text(51, 0.55, "the most that can be told\nwithout the order of frames", fontsize=8, va="center")
     ladder.set(xlim=(0, 112), xlabel="top-1 on the val split, %", title="Accuracy")
     ladder.invert_yaxis()
     strip.imshow(prediction_strip(out))
     strip.set_axis_off()
-    strip.set_title("Val clips in both directions: the truth, and what two rungs say")
+    strip.set_title("Val clips and the same frames in reverse: the truth, and what two rungs say")
     figure.savefig(out / "report.png", dpi=110)
     plt.close(figure)
 
 
 def prediction_strip(out: Path) -> np.ndarray:
-    """A pair of clips of every second class, captioned with label and predictions."""
+    """A drawing of every pair, forwards on the left and backwards on the right, captioned with the predictions."""
     config = load_config("demo", [f"data.shards={json.dumps(str(out / 'shards'))}"])
     shards = ShardSet.open(out / "shards", config.data.val_split)
     predictions = {rung: load_predictions(out / rung) for rung in ("spatial", "joint")}
-    labels = shards.labels
-    chosen = [int(np.flatnonzero(labels == label)[0]) for label in range(len(shards.classes)) if label in labels]
-    turns = next(eval_turns(len(shards), micro_batch=len(shards), rank=0, world=1))
-    with ClipLoader(
-        shards, [[turns[i] for i in chosen]], micro_batch=len(chosen), size=96, options=config.data
-    ) as loader:
-        clips = list(next(loader).frames.numpy().copy())
-    captions = []
-    for i in chosen:
-        said = ", ".join(f"{rung}: {shards.classes[predictions[rung][i]]}" for rung in predictions)
-        captions.append(f"{shards.classes[labels[i]]}    ({said})")
-    return np.asarray(filmstrips(clips, captions))
+    names = [f"{shards.classes[label]}/{shards[i].key.rpartition('_')[2]}" for i, label in enumerate(shards.labels)]
+    columns = []
+    for direction in (0, 1):
+        chosen = [names.index(f"{pair[direction]}/{0:05d}") for pair in PAIRS]
+        turns: list[Turn | None] = [Turn(i, EVAL_EPOCH) for i in chosen]
+        with ClipLoader(shards, [turns], micro_batch=len(turns), size=96, options=config.data) as loader:
+            clips = list(next(loader).frames.numpy().copy())
+        said = [
+            ", ".join(f"{rung}: {shards.classes[answers[i]]}" for rung, answers in predictions.items()) for i in chosen
+        ]
+        captions = [f"{pair[direction]}    ({words})" for pair, words in zip(PAIRS, said, strict=True)]
+        columns.append(np.pad(np.asarray(filmstrips(clips, captions)), ((0, 0), (0, 24), (0, 0)), constant_values=255))
+    return np.concatenate(columns, axis=1)
 
 
 def load_predictions(folder: Path) -> np.ndarray:

@@ -132,7 +132,7 @@ def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequen
         "world_size": world.size,
         "micro_batch": prepared.batch.micro,
         "accumulation": prepared.batch.accumulation,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else _processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -142,6 +142,16 @@ def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequen
     }
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / "run.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _processor_name() -> str:
+    """As Linux names it; Python's own answer is mostly empty."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _git_commit() -> str | None:

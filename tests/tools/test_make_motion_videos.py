@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from tools.make_motion_videos import (
     ALLOWED_FRAMES,
     CLASSES,
-    MAX_TURN_DEGREES,
     PAIRS,
     main,
     make_motion_videos,
@@ -89,7 +88,7 @@ def test_large_shapes_turn_at_most_45_degrees_between_sampled_frames(frames: int
     for drawing in (d for d in drawings if PAIRS[d.pair][0] == "turns_clockwise"):
         scenes = scenes_of(drawing)
         turns = np.diff(scenes.angle[sampled_frames(frames)])
-        assert turns.min() > 0 and turns.max() <= MAX_TURN_DEGREES + 1e-3
+        assert turns.min() > 0 and turns.max() <= 45
         assert scenes.radius.min() >= 0.3
 
 
