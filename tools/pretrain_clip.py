@@ -6,7 +6,7 @@ picture has to find, attribute by attribute, its word among short captions: with
 alone, colour and place tell a batch apart and orientation was at chance after 1,600 steps.
 The last step is a zero-shot check on stills that no step has seen: of captions that differ in one
 attribute only, the picture has to find its own.
-Cost: about 15 minutes and 1.5 GB of memory on two CPU cores; the weights it writes are 7 MB.
+Cost: 8 to 12 minutes and 1.3 GB of memory on two CPU cores; the weights it writes are 7 MB.
 
     python tools/pretrain_clip.py                     # writes model/tiny_clip/tiny-clip.safetensors
     python tools/pretrain_clip.py --steps 200 --weights /tmp/try.safetensors

@@ -65,7 +65,7 @@ def main() -> None:
             "run.out": str(out / rung),
         }
         if arguments.quick:
-            settings |= {"schedule.epochs": 1, "schedule.warmup_epochs": 0.1, "train.log_every": 1}
+            settings |= {"schedule.epochs": 3, "schedule.warmup_epochs": 0.3, "train.log_every": 1}
         overrides = [text for key, value in settings.items() for text in ("--set", f"{key}={json.dumps(value)}")]
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "1"]
         run("train/main.py", "--recipe", "demo", *overrides, launcher=launcher)

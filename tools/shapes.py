@@ -6,7 +6,7 @@ anti-aliased and a batch of pictures is a dozen numpy operations, whatever the s
 Shapes are bright and backgrounds dim on purpose: with both equally bright a small model learned
 nothing in the minutes the demo has. No shape has a rotational symmetry and each has a white tip, so
 that every angle looks different from every other (without the tip it stayed unread: orientation
-was at chance after 1,600 steps of pretraining).
+was at chance after 800 steps of pretraining).
 Cost: about 0.1 ms for a picture of 48 x 48 pixels on one core.
 
 Every random choice comes from `generator(*key)`: a pure function of the key's integers.
