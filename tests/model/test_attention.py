@@ -70,6 +70,19 @@ def test_sdpa_result_is_viewed_back_without_a_copy() -> None:
         assert out.shape == shape and out.flatten(2).data_ptr() == out.data_ptr()
 
 
+@pytest.mark.parametrize("length", [8, door.SHORT + 1])
+def test_training_in_bf16_gives_the_gradients_of_float32(length: int) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, length, 4, 64) for _ in range(3)]
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        q, k, v = (leaf.detach().clone().to(dtype).requires_grad_() for leaf in leaves)
+        door.attention(q, k, v).float().pow(2).sum().backward()
+        gradients.append([t.grad.float() for t in (q, k, v)])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert (rounded - exact).abs().max() < 0.03 * exact.abs().max()
+
+
 @pytest.mark.gpu
 def test_cuda_equals_cpu() -> None:
     torch.manual_seed(0)

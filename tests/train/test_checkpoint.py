@@ -17,7 +17,7 @@ from tests.sets import make_set
 from tests.train.runs import FP32, SCRIPT, arguments, metrics, run_here, start, trace
 from train.checkpoint import newest_checkpoint
 
-SAVING = ("train.checkpoint_every=4", "train.keep=9", "train.log_every=2", "schedule.epochs=4")
+SAVING = ("train.checkpoint_every=4", "train.keep=9", "train.log_every=2", "schedule.epochs=4", "optimizer.lr=0.003")
 STEPS = 13  # ceil(4 · 26 / 8): step 4 is in the middle of the second epoch
 
 
