@@ -104,3 +104,16 @@ def write_video(
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
+
+
+def write_noise(tmp_path: Path, suffix: str, **options: str) -> bytes:
+    """A file of noise, 64 × 64 and 30 frames: large enough to be cut and damaged."""
+    path = tmp_path / f"noise.{suffix}"
+    generator = np.random.default_rng(0)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream("mpeg4" if suffix == "avi" else "libx264", rate=30)
+        stream.width, stream.height = 64, 64
+        for _ in range(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(generator.integers(0, 256, (64, 64, 3), np.uint8))))
+        container.mux(stream.encode())
+    return path.read_bytes()

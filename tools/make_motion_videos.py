@@ -40,6 +40,7 @@ from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from pipelines.cli import run_cli
 from tools.shapes import SHAPES, Floats, Scenes, draw, generator, random_looks
 
 PAIRS = (
@@ -265,8 +266,8 @@ def _write_annotations(path: Path, drawings: list[Drawing]) -> None:
     path.write_text("\n".join(["path\tlabel\tsplit", *rows]) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder to make; must not exist")
     parser.add_argument("--train", type=int, default=1600, help="clips")
@@ -276,14 +277,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args(arguments)
-    try:
-        out = make_motion_videos(**vars(args))
-    except (ValueError, FileExistsError) as error:
-        print(f"make_motion_videos: {error}", file=sys.stderr)
-        return 2
+    out = make_motion_videos(**vars(args))
     print(f"wrote {args.train} train and {args.val} val clips of {len(CLASSES)} classes to {out}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_cli(main)

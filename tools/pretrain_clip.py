@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from pipelines.cli import run_cli
 from tools.shapes import (
     COLOURS,
     RADIUS_RANGE,
@@ -310,4 +311,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -11,8 +11,8 @@ from PIL import Image
 
 from pipelines.encode import FrameChoice, encode_jpeg, encode_video
 from pipelines.shards import EncodedVideo, checksum
-from pipelines.video import VideoError, decode_file, decode_packets, open_video
-from tests.videos import read_number, write_video
+from pipelines.video import decode_file, decode_packets, open_video
+from tests.videos import read_number, write_noise, write_video
 
 ALL = FrameChoice()
 PROFILES = ("jpeg", "h264", "copy")
@@ -223,7 +223,7 @@ def test_sizes(
 
 def test_quality_is_a_scale(tmp_path: Path) -> None:
     path = tmp_path / "noise.mp4"
-    path.write_bytes(written(tmp_path, "mp4"))
+    path.write_bytes(write_noise(tmp_path, "mp4"))
     for profile in ("jpeg", "h264"):
         sizes = [len(encode_video(path, profile, choice=ALL, quality=q).data) for q in (1, 30, 60, 90, 100)]
         assert sizes == sorted(set(sizes))
@@ -237,34 +237,6 @@ def test_same_bytes_again(tmp_path: Path, profile: str) -> None:
     path = write_video(tmp_path / "clip.mp4", 20, rotation=90)
     first, second = (encode_video(path, profile, choice=ALL) for _ in range(2))
     assert first.data == second.data and first.extradata == second.extradata
-
-
-def reason_of(path: Path, profile: str = "jpeg") -> str:
-    with pytest.raises(VideoError) as caught:
-        encode_video(path, profile, choice=ALL)
-    return caught.value.reason
-
-
-def written(tmp_path: Path, suffix: str, **options: str) -> bytes:
-    """A file of noise large enough to be cut."""
-    path = tmp_path / f"noise.{suffix}"
-    generator = np.random.default_rng(0)
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("mpeg4" if suffix == "avi" else "libx264", rate=30)
-        stream.width, stream.height = 64, 64
-        for _ in range(30):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(generator.integers(0, 256, (64, 64, 3), np.uint8))))
-        container.mux(stream.encode())
-    return path.read_bytes()
-
-
-def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_video(tmp_path / "clip.mp4", 3)
-    monkeypatch.setattr("pipelines.video.MAX_SIDE", 80)
-    assert reason_of(path) == "too_large"
-    monkeypatch.undo()
-    monkeypatch.setattr("pipelines.encode.MAX_STORED_BYTES", 100)
-    assert {reason_of(path, profile) for profile in PROFILES} == {"too_large"}
 
 
 def test_copy_keeps_the_bytes_and_a_harmless_suffix(tmp_path: Path) -> None:

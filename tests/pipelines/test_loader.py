@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from pipelines import loader as loader_module
-from pipelines.dali import CropExecutor
 from pipelines.loader import ClipLoader
 from pipelines.plan import EVAL_EPOCH, ClipOptions, Order, Turn, eval_turns, train_turns
 from pipelines.read import ShardReader
@@ -85,28 +84,6 @@ def test_crops_and_flips_are_the_planned_ones(tmp_path: Path) -> None:
                     expected = expected[:, ::-1] if plan.flip else expected
                     assert np.abs(frame - expected).mean() < 1.0 and np.abs(frame - expected).max() < 16
     assert flips == {False, True}
-
-
-def test_dali_decodes_what_pil_decodes_bit_for_bit(tmp_path: Path) -> None:
-    shards = open_set(tmp_path / "set", [12], size=(96, 96))
-    jpegs = ShardReader().frames(shards[0], range(12))
-    boxes = np.tile(np.array([0, 0, 96, 96], np.int32), (12, 1))
-    crops = CropExecutor(96).crop_jpegs(jpegs, boxes, np.zeros(12, bool))
-    for crop, jpeg in zip(crops, jpegs, strict=True):
-        assert np.array_equal(crop, np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB")))
-
-
-def test_frames_by_ffmpeg_go_through_the_same_crop_and_resize(tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    frames = [np.repeat(np.repeat(random.integers(0, 256, (16, 20, 3), np.uint8), 8, 0), 8, 1) for _ in range(3)]
-    boxes = np.array([[3, 5, 90, 70], [0, 0, 160, 128], [60, 40, 48, 48]], np.int32)
-    flips = np.array([False, True, True])
-    executor = CropExecutor(48)
-    png_free = executor.crop_frames(frames, boxes, flips).copy()
-    for crop, frame, (left, top, width, height), flip in zip(png_free, frames, boxes, flips, strict=True):
-        image = Image.fromarray(frame).crop((left, top, left + width, top + height))
-        expected = np.asarray(image.resize((48, 48), Image.Resampling.BILINEAR), np.int16)
-        assert np.abs(crop - (expected[:, ::-1] if flip else expected)).max() <= 2
 
 
 @pytest.mark.parametrize("profile", ["jpeg", "h264"])

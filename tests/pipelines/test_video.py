@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pipelines.encode import FrameChoice, encode_jpeg, encode_video
 from pipelines.shards import EncodedVideo
 from pipelines.video import Orientation, VideoError, decode_file, decode_packets, open_video
-from tests.videos import draw_number, read_number, write_video
+from tests.videos import draw_number, read_number, write_noise, write_video
 
 ALL = FrameChoice()
 PROFILES = ("jpeg", "h264", "copy")
@@ -185,23 +185,10 @@ def test_sound_without_pictures(tmp_path: Path) -> None:
     assert reason_of(path) == "no_video_stream"
 
 
-def written(tmp_path: Path, suffix: str, **options: str) -> bytes:
-    """A file of noise large enough to be cut."""
-    path = tmp_path / f"noise.{suffix}"
-    generator = np.random.default_rng(0)
-    with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream("mpeg4" if suffix == "avi" else "libx264", rate=30)
-        stream.width, stream.height = 64, 64
-        for _ in range(30):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(generator.integers(0, 256, (64, 64, 3), np.uint8))))
-        container.mux(stream.encode())
-    return path.read_bytes()
-
-
 @pytest.mark.parametrize("kept", [0.5, 0.9, 0.99])
 @pytest.mark.parametrize("suffix", ["mp4", "mkv", "avi"])
 def test_cut_short_with_the_index_in_front(tmp_path: Path, suffix: str, kept: float) -> None:
-    data = written(tmp_path, suffix, **({"movflags": "faststart"} if suffix == "mp4" else {}))
+    data = write_noise(tmp_path, suffix, **({"movflags": "faststart"} if suffix == "mp4" else {}))
     path = tmp_path / f"cut.{suffix}"
     path.write_bytes(data)
     assert encode_jpeg(path, choice=ALL).source_frames == 30
@@ -211,21 +198,21 @@ def test_cut_short_with_the_index_in_front(tmp_path: Path, suffix: str, kept: fl
 
 
 def test_cut_short_with_the_index_behind(tmp_path: Path) -> None:
-    data = written(tmp_path, "mp4")
+    data = write_noise(tmp_path, "mp4")
     path = tmp_path / "cut.mp4"
     path.write_bytes(data[: len(data) // 2])
     assert reason_of(path) == "unreadable"
 
 
 def test_index_without_media(tmp_path: Path) -> None:
-    data = written(tmp_path, "mp4", movflags="faststart")
+    data = write_noise(tmp_path, "mp4", movflags="faststart")
     path = tmp_path / "cut.mp4"
     path.write_bytes(data[: data.index(b"mdat") + 4])
     assert reason_of(path) == "truncated"
 
 
 def test_overwritten_middle(tmp_path: Path) -> None:
-    data = bytearray(written(tmp_path, "mp4", movflags="faststart"))
+    data = bytearray(write_noise(tmp_path, "mp4", movflags="faststart"))
     middle = len(data) // 2
     data[middle : middle + 4000] = np.random.default_rng(1).bytes(4000)
     path = tmp_path / "damaged.mp4"
@@ -305,3 +292,12 @@ def test_zoo(shared_clips: Path) -> None:
     assert rejects == ZOO_REJECTS
     assert len(shown) == 62
     assert {name: shown[name] for name in ZOO_SHOWN} == ZOO_SHOWN
+
+
+def test_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "clip.mp4", 3)
+    monkeypatch.setattr("pipelines.video.MAX_SIDE", 80)
+    assert reason_of(path) == "too_large"
+    monkeypatch.undo()
+    monkeypatch.setattr("pipelines.encode.MAX_STORED_BYTES", 100)
+    assert {reason_of(path, profile) for profile in PROFILES} == {"too_large"}

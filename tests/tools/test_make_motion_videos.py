@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from pipelines.cli import run_cli
 from tools.make_motion_videos import (
     ALLOWED_FRAMES,
     CLASSES,
@@ -114,7 +115,8 @@ def test_refuses_to_write_into_a_folder_that_holds_something(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "mine.txt").write_text("keep")
-    assert main(["--out", str(tmp_path), "--train", "0", "--val", "8", "--workers", "1"]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(lambda: main(["--out", str(tmp_path), "--train", "0", "--val", "8", "--workers", "1"]))
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and str(tmp_path) in message
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
@@ -137,7 +139,8 @@ def test_nothing_is_left_when_writing_fails(tmp_path: Path, monkeypatch: pytest.
 def test_bad_numbers_are_refused_in_one_line(
     option: str, value: str, allowed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["--out", str(tmp_path / "out"), option, value]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        run_cli(lambda: main(["--out", str(tmp_path / "out"), option, value]))
     message = capsys.readouterr().err
     assert f"{option} {value}" in message and allowed in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
