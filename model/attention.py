@@ -39,6 +39,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def attention_backend(device: torch.device) -> str:
+    """What computes attention on `device`: for the log."""
+    return "xformers" if device.type == "cuda" and _xformers_ops() is not None else "PyTorch SDPA"
+
+
 @cache
 def _xformers_ops() -> Any | None:
     """xformers' operators, or None after saying once that SDPA is used instead."""

@@ -86,7 +86,7 @@ class ClipLoader:
         self._max_bad_fraction = max_bad_fraction
         shape = (prefetch + 1, micro_batch, options.num_frames, size, size, 3)
         device = torch.device(device)
-        on_gpu = device.type == "cuda" and shards.profile == "jpeg"
+        on_gpu = decodes_on_gpu(shards, device)
         self._decoder: _Decoder = _GpuThread(shards, shape, device) if on_gpu else _WorkerPool(shards, shape, workers)
         self._free = deque(range(prefetch + 1))
         self._pending: deque[_Pending] = deque()
@@ -380,6 +380,19 @@ class _GpuThread:
             self.clips[slot, rows] = decoded
         self._stream.synchronize()  # the trainer reads on another stream, and only what is settled
         return [(slot, row, failures.get(i)) for i, row in enumerate(rows)]
+
+
+def decodes_on_gpu(shards: ShardSet, device: torch.device) -> bool:
+    """Whether DALI decodes on the device; else worker processes do, on the CPU."""
+    return device.type == "cuda" and shards.profile == "jpeg"
+
+
+def describe_decoding(shards: ShardSet, device: torch.device, workers: int) -> str:
+    """What decodes this set for training on `device`: for the log."""
+    if decodes_on_gpu(shards, device):
+        return "DALI on the GPU"
+    who = "DALI" if shards.profile == "jpeg" else "FFmpeg, then DALI,"
+    return f"{who} on the CPU in {workers} worker process{'es' if workers > 1 else ''} a rank"
 
 
 def default_workers(local_world: int, device: str) -> int:

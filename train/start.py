@@ -17,7 +17,9 @@ from typing import Any
 import torch
 
 from model.aim import AIM
+from model.attention import attention_backend
 from model.parameters import count_parameters, parameter_table
+from pipelines.loader import describe_decoding
 from pipelines.shards import ShardSet, write_durably
 from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, newest_checkpoint, resume
@@ -115,6 +117,8 @@ def _opening(job: Job) -> str:
         f"clips: {world.size} processes × {batch.accumulation} micro-batches × {batch.micro}, on {world.device.type}, "
         f"{'bfloat16' if config.bf16 else 'float32'}"
     )
+    decoding = describe_decoding(job.shards, world.device, job.loader_options()["workers"])
+    lines.append(f"decoding by {decoding}; attention by {attention_backend(world.device)}")
     lines.append(f"from step {job.start_step}, into {job.out}" if job.start_step else f"into {job.out}")
     return "\n".join(lines)
 

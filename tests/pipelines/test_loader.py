@@ -210,3 +210,12 @@ def test_settings_out_of_range_are_named(tmp_path: Path) -> None:
         train(shards, steps=1, prefetch=9)
     with pytest.raises(ValueError, match=r"data.workers = 0"):
         train(shards, steps=1, workers=0)
+
+
+def test_what_decodes_is_said(tmp_path: Path) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    jpeg = open_set(tmp_path / "jpeg", [4])
+    h264 = open_set(tmp_path / "h264", [4], profile="h264")
+    assert loader_module.describe_decoding(jpeg, cpu, 1) == "DALI on the CPU in 1 worker process a rank"
+    assert loader_module.describe_decoding(jpeg, cuda, 8) == "DALI on the GPU"
+    assert loader_module.describe_decoding(h264, cuda, 8) == "FFmpeg, then DALI, on the CPU in 8 worker processes a rank"
