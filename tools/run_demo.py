@@ -33,7 +33,7 @@ from pipelines.plan import EVAL_EPOCH, Turn
 from pipelines.shards import ShardSet, write_durably
 from tools.make_motion_videos import PAIRS
 from tools.view_clips import filmstrips
-from train.config import load_config
+from train.resolve import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 LADDER = {

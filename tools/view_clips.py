@@ -25,7 +25,7 @@ from pipelines.cli import run_cli
 from pipelines.loader import ClipBatch, ClipLoader
 from pipelines.plan import Order, Turn, eval_turns
 from pipelines.shards import ShardSet
-from train.config import load_config
+from train.resolve import load_config
 
 _CAPTION = 18  # pixels above each row
 _GAP = 4

@@ -1,28 +1,20 @@
-"""What a run is: recipe (TOML) and DeepSpeed file (JSON), read, checked and resolved before anything heavy is imported.
+"""What a run is made of: one dataclass a section of a recipe, each checking its own values.
 
-A recipe owns data, model, optimizer, schedule and run; it holds only what differs from the defaults here, which are
-the published AIM settings for Kinetics-400 with ViT-B/16. The DeepSpeed file owns batch, precision and clipping.
-`--set section.key=value` overrides one key of the recipe, `--set ds.key=value` one of the DeepSpeed file. An unknown
-key, one on the wrong side, a wrong type or an impossible value is a ValueError of one line.
+The defaults are the published AIM settings for Kinetics-400 with ViT-B/16. `resolve.py` fills these from a recipe, the
+DeepSpeed file and the command line.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
-import tomllib
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from math import inf
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any
 
 from model.aim import AIMOptions
 from pipelines.plan import ClipOptions
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = Path(__file__).parent / "recipes"
-DEEPSPEED_FILE = ROOT / "ds_config.json"
 METHODS = ("aim",)
 
 
@@ -44,10 +36,10 @@ class DataConfig(ClipOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _allow("data.workers", self.workers, 0 <= self.workers <= 256, "0 (automatic) to 256")
-        _allow("data.prefetch", self.prefetch, 1 <= self.prefetch <= 4, "1 to 4 batches")
-        _allow("data.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "a share, 0 to 1")
-        _allow("data.train_split", self.train_split, self.train_split != "", "the name of a split")
+        allow("data.workers", self.workers, 0 <= self.workers <= 256, "0 (automatic) to 256")
+        allow("data.prefetch", self.prefetch, 1 <= self.prefetch <= 4, "1 to 4 batches")
+        allow("data.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "a share, 0 to 1")
+        allow("data.train_split", self.train_split, self.train_split != "", "the name of a split")
 
 
 @dataclass(frozen=True)
@@ -62,8 +54,8 @@ class ModelConfig(AIMOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _allow("model.method", self.method, self.method in METHODS, " or ".join(METHODS))
-        _allow("model.adapter_scale", self.adapter_scale, 0 <= self.adapter_scale < inf, "0 or more")
+        allow("model.method", self.method, self.method in METHODS, " or ".join(METHODS))
+        allow("model.adapter_scale", self.adapter_scale, 0 <= self.adapter_scale < inf, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -77,10 +69,10 @@ class OptimizerConfig:
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
-        _allow("optimizer.lr", self.lr, 0 < self.lr < inf, "more than 0")
-        _allow("optimizer.betas", list(self.betas), all(0 <= b < 1 for b in self.betas), "two numbers, 0 <= beta < 1")
-        _allow("optimizer.eps", self.eps, 0 < self.eps < inf, "more than 0")
-        _allow("optimizer.weight_decay", self.weight_decay, 0 <= self.weight_decay < inf, "0 or more")
+        allow("optimizer.lr", self.lr, 0 < self.lr < inf, "more than 0")
+        allow("optimizer.betas", list(self.betas), all(0 <= b < 1 for b in self.betas), "two numbers, 0 <= beta < 1")
+        allow("optimizer.eps", self.eps, 0 < self.eps < inf, "more than 0")
+        allow("optimizer.weight_decay", self.weight_decay, 0 <= self.weight_decay < inf, "0 or more")
 
 
 @dataclass(frozen=True)
@@ -94,10 +86,10 @@ class ScheduleConfig:
     """Factor of the first step, rising linearly to 1."""
 
     def __post_init__(self) -> None:
-        _allow("schedule.epochs", self.epochs, 0 < self.epochs <= 100_000, "more than 0, up to 100000")
+        allow("schedule.epochs", self.epochs, 0 < self.epochs <= 100_000, "more than 0, up to 100000")
         fits = 0 <= self.warmup_epochs <= self.epochs
-        _allow("schedule.warmup_epochs", self.warmup_epochs, fits, f"0 to schedule.epochs = {self.epochs:g}")
-        _allow("schedule.warmup_start", self.warmup_start, 0 <= self.warmup_start <= 1, "0 to 1")
+        allow("schedule.warmup_epochs", self.warmup_epochs, fits, f"0 to schedule.epochs = {self.epochs:g}")
+        allow("schedule.warmup_start", self.warmup_start, 0 <= self.warmup_start <= 1, "0 to 1")
 
 
 @dataclass(frozen=True)
@@ -117,13 +109,13 @@ class TrainConfig:
     """Checkpoints that are kept, newest first."""
 
     def __post_init__(self) -> None:
-        _allow("train.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 <= share < 1")
-        _allow("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
-        _allow("train.eval_every", self.eval_every, 0 <= self.eval_every < inf, "epochs, or 0 for only at the end")
-        _allow("train.log_every", self.log_every, self.log_every >= 1, "1 or more steps")
+        allow("train.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 <= share < 1")
+        allow("train.seed", self.seed, 0 <= self.seed < 2**63, "0 to 2^63 - 1")
+        allow("train.eval_every", self.eval_every, 0 <= self.eval_every < inf, "epochs, or 0 for only at the end")
+        allow("train.log_every", self.log_every, self.log_every >= 1, "1 or more steps")
         at_end = self.checkpoint_every >= 0
-        _allow("train.checkpoint_every", self.checkpoint_every, at_end, "steps, or 0 for only at the end")
-        _allow("train.keep", self.keep, self.keep >= 1, "1 or more")
+        allow("train.checkpoint_every", self.checkpoint_every, at_end, "steps, or 0 for only at the end")
+        allow("train.keep", self.keep, self.keep >= 1, "1 or more")
 
 
 @dataclass(frozen=True)
@@ -174,298 +166,7 @@ class Batch:
     """What the user should know of it."""
 
 
-SECTIONS: dict[str, type] = {
-    "data": DataConfig,
-    "model": ModelConfig,
-    "optimizer": OptimizerConfig,
-    "schedule": ScheduleConfig,
-    "train": TrainConfig,
-    "run": RunConfig,
-}
-
-# What of DeepSpeed's configuration works with this trainer: key → type, or the fields of a section. DeepSpeed itself
-# takes any other top-level key in silence. Its default for gradient_clipping is 1.0; ours is the published none.
-DEEPSPEED_DEFAULTS: dict[str, Any] = {
-    "gradient_clipping": 0.0,
-    "torch_autocast": {"enabled": False, "dtype": "bfloat16"},
-    "zero_optimization": {"stage": 0},
-}
-DEEPSPEED_KEYS: dict[str, Any] = {
-    "train_batch_size": int,
-    "train_micro_batch_size_per_gpu": int,
-    "gradient_clipping": float,
-    "torch_autocast": {"enabled": bool, "dtype": str},
-    "zero_optimization": {"stage": int},
-    "bf16": {"enabled": bool},
-    "fp16": {"enabled": bool},
-    "prescale_gradients": bool,
-    "gradient_predivide_factor": float,
-    "wall_clock_breakdown": bool,  # shown with log_level info
-    "log_level": str,
-}
-_ONLY_IN_RECIPES = {"scheduler": "section [schedule]", "lr": "optimizer.lr", "learning_rate": "optimizer.lr"}
-
-
-def load_config(recipe: str, overrides: Iterable[str] = (), deepspeed_file: str | None = None) -> Config:
-    """Reads and resolves a run.
-
-    Args:
-        recipe: path of a TOML file, or the name of one in train/recipes.
-        overrides: `section.key=value` and `ds.key=value` in TOML's syntax; a bare word is text.
-        deepspeed_file: path of a DeepSpeed JSON; else what the recipe names, else ds_config.json at the root.
-
-    Raises:
-        ValueError, OSError: with one line that names the key, what was given and what is allowed.
-    """
-    path = find_recipe(recipe)
-    document = _parse_toml(path)
-    named = document.pop("deepspeed_config", None)
-    if named is not None and not isinstance(named, str):
-        raise ValueError(f"{path}: deepspeed_config = {named!r}; allowed is the path of a JSON file")
-    table = {(section, key): (value, str(path)) for section, key, value in _flatten(document, path)}
-    deepspeed_path = Path(deepspeed_file) if deepspeed_file else path.parent / named if named else DEEPSPEED_FILE
-    deepspeed = _read_json(deepspeed_path)
-    for override in overrides:
-        keys, value = _parse_override(override)
-        where = f"--set {override}"
-        if keys[0] == "ds":
-            _put(deepspeed, keys[1:], value, where)
-        elif len(keys) == 2:
-            table[keys[0], keys[1]] = value, where
-        else:
-            raise ValueError(f"{where}: a key is section.key, such as optimizer.lr, or ds.key" + _hint(keys[-1]))
-    values: dict[str, dict[str, Any]] = {}
-    for (section, key), (value, where) in table.items():
-        values.setdefault(section, {})[key] = _check_recipe_key(section, key, value, where)
-    out = values.setdefault("run", {})
-    out["out"] = out.get("out") or f"runs/{path.stem}"
-    config = Config(
-        **{section: SECTIONS[section](**entries) for section, entries in values.items()},
-        deepspeed=_check_deepspeed(deepspeed, deepspeed_path),
-    )
-    if not config.data.shards:
-        raise ValueError(f"{path} names no data: add --set data.shards=FOLDER, made by tools/make_shards.py")
-    return config
-
-
-def find_recipe(recipe: str) -> Path:
-    """A recipe by path or by name; FileNotFoundError names those that exist."""
-    named = RECIPES / f"{recipe.removesuffix('.toml')}.toml"
-    for path in (Path(recipe), named):
-        if path.is_file():
-            return path
-    names = [path.stem for path in sorted(RECIPES.glob("*.toml"))]
-    raise FileNotFoundError(f"no such recipe: {recipe}; train/recipes has {', '.join(names)}, or give a path")
-
-
-def list_recipes() -> str:
-    """One line a recipe: its name and the first line of its comment."""
-    paths = sorted(RECIPES.glob("*.toml"))
-    width = max(len(path.stem) for path in paths)
-    comments = [path.read_text(encoding="utf-8").splitlines()[0].removeprefix("#").strip() for path in paths]
-    return "\n".join(f"  {path.stem:{width}}  {comment}" for path, comment in zip(paths, comments, strict=True))
-
-
-def resolve_batch(deepspeed: Mapping[str, Any], world: int) -> Batch:
-    """Shares the global batch among `world` processes; the micro-batch shrinks to what divides a share.
-
-    Raises ValueError, naming sizes that work, where the processes cannot share it equally.
-    """
-    total, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
-    share, rest = divmod(total, world)
-    if rest:
-        sizes = [size for size in (share * world, (share + 1) * world) if size]
-        counts = [n for n in range(1, total + 1) if total % n == 0][:12]
-        raise ValueError(
-            f"train_batch_size = {total} cannot be shared equally by {world} processes: set it to "
-            f"{' or '.join(map(str, sizes))} (--set ds.train_batch_size={sizes[-1]}), or start "
-            f"{', '.join(map(str, counts))} processes"
-        )
-    fitting = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
-    note = (
-        ""
-        if fitting == micro
-        else f"micro-batch {fitting} instead of {micro}: {world} × {micro} does not divide {total}"
-    )
-    return Batch(total, fitting, share // fitting, note)
-
-
-def _check_recipe_key(section: str, key: str, value: Any, where: str) -> Any:
-    """The value in its field's type; ValueError for a key that is not there or a value of another type."""
-    name = f"{section}.{key}"
-    if section not in SECTIONS or key not in {f.name for f in fields(SECTIONS[section])}:
-        known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
-        if key in DEEPSPEED_KEYS or section in DEEPSPEED_KEYS:
-            moved = key if key in DEEPSPEED_KEYS else name
-            raise ValueError(
-                f"{where}: {moved} belongs in the DeepSpeed file (ds_config.json) or in --set ds.{moved}=…"
-            )
-        close = [n for n in known if n.endswith(f".{key}")] or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        raise ValueError(f"{where}: unknown key {name}" + (f"; did you mean {close[0]}?" if close else _hint(key)))
-    return _convert(value, get_type_hints(SECTIONS[section])[key], name, where)
-
-
-def _convert(value: Any, wanted: Any, name: str, where: str) -> Any:
-    """A TOML or JSON value as the type of its field; a whole number serves where a fraction is allowed."""
-    if get_origin(wanted) is tuple:
-        kinds = get_args(wanted)
-        open_end = kinds[-1] is Ellipsis
-        if isinstance(value, list) and (open_end or len(value) == len(kinds)):
-            kinds = (kinds[0],) * len(value) if open_end else kinds
-            return tuple(_convert(v, kind, name, where) for v, kind in zip(value, kinds, strict=True))
-    elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, wanted) and (wanted is not int or not isinstance(value, bool)):
-        return value
-    raise ValueError(f"{where}: {name} = {json.dumps(value, default=str)}; allowed is {_describe(wanted)}")
-
-
-def _describe(wanted: Any) -> str:
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
-    if get_origin(wanted) is tuple:
-        kinds = get_args(wanted)
-        return f"a list, each {words[kinds[0]]}" if kinds[-1] is Ellipsis else f"[{', '.join(words[k] for k in kinds)}]"
-    return words[wanted]
-
-
-def _check_deepspeed(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The DeepSpeed document with our defaults, every key known and of its type."""
-    document = json.loads(json.dumps(DEEPSPEED_DEFAULTS))
-    for key, value in given.items():
-        fields_of = DEEPSPEED_KEYS.get(key)
-        if fields_of is None:
-            raise ValueError(f"{path}: " + _unknown_deepspeed_key(key))
-        if not isinstance(fields_of, dict):
-            document[key] = _convert(value, fields_of, key, str(path))
-            continue
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {key} = {json.dumps(value)}; allowed is a section with {', '.join(fields_of)}")
-        section = document.setdefault(key, {})
-        for name, entry in value.items():
-            if name not in fields_of:
-                close = difflib.get_close_matches(name, fields_of, n=1)
-                hint = f"did you mean {key}.{close[0]}?" if close else f"allowed are {', '.join(fields_of)}"
-                raise ValueError(f"{path}: unknown key {key}.{name}; {hint}")
-            section[name] = _convert(entry, fields_of[name], f"{key}.{name}", str(path))
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
-        if key not in document:
-            raise ValueError(f"{path}: {key} is missing; it is a number of clips")
-        _allow(f"{path}: {key}", document[key], document[key] >= 1, "1 or more")
-    _allow(
-        f"{path}: gradient_clipping",
-        document["gradient_clipping"],
-        0 <= document["gradient_clipping"] < inf,
-        "0 (off) or more",
-    )
-    _check_precision(document, path)
-    return document
-
-
-def _check_precision(document: dict[str, Any], path: Path) -> None:
-    """bf16 comes by torch_autocast alone, and weights are not sharded."""
-    for section in ("bf16", "fp16"):
-        if document.pop(section, {}).get("enabled", False):
-            raise ValueError(
-                f"{path}: {section} is enabled; use torch_autocast with dtype bfloat16 instead: its own section "
-                "rounds the master weights and takes a stray optimizer step before training"
-            )
-    dtype, stage = document["torch_autocast"].get("dtype"), document["zero_optimization"].get("stage")
-    _allow(f"{path}: torch_autocast.dtype", dtype, dtype == "bfloat16", '"bfloat16" (float32: enabled = false)')
-    only = "0: 11 to 38 million trained weights leave nothing worth sharding"
-    _allow(f"{path}: zero_optimization.stage", stage, stage == 0, only)
-
-
-def _unknown_deepspeed_key(key: str) -> str:
-    if key in _ONLY_IN_RECIPES or key in SECTIONS:
-        return f"{key} belongs in the recipe, as {_ONLY_IN_RECIPES.get(key, f'section [{key}]')}"
-    homes = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls) if f.name == key]
-    if homes:
-        return f"{key} belongs in the recipe, as {homes[0]}"
-    if key == "gradient_accumulation_steps":
-        return "gradient_accumulation_steps follows from the two batch sizes and the number of processes; leave it out"
-    close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
-    return f"unknown key {key}; " + (
-        f"did you mean {close[0]}?" if close else f"allowed are {', '.join(DEEPSPEED_KEYS)}"
-    )
-
-
-def _hint(key: str) -> str:
-    """The home of a key that resembles one of DeepSpeed's, or the sections there are."""
-    close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
-    if close:
-        return f"; the DeepSpeed file (ds_config.json) has {close[0]}, here --set ds.{close[0]}=…"
-    return f"; sections are {', '.join(SECTIONS)}"
-
-
-def _parse_toml(path: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid TOML: {error}") from error
-
-
-def _flatten(document: Mapping[str, Any], path: Path) -> Iterable[tuple[str, str, Any]]:
-    """(section, key, value) of a recipe."""
-    for section, entries in document.items():
-        if isinstance(entries, dict):
-            yield from ((section, key, value) for key, value in entries.items())
-            continue
-        if section in DEEPSPEED_KEYS:
-            raise ValueError(
-                f"{path}: {section} belongs in the DeepSpeed file (ds_config.json) or in --set ds.{section}=…"
-            )
-        homes = [f"[{name}]" for name, cls in SECTIONS.items() if section in {f.name for f in fields(cls)}]
-        raise ValueError(
-            f"{path}: {section} stands outside a section" + (f"; its is {homes[0]}" if homes else _hint(section))
-        )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no such DeepSpeed file: {path}")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(document, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return document
-
-
-def _no_duplicates(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, Any]]:
-    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = [key for key in keys if keys.count(key) > 1]
-        if twice:
-            raise ValueError(f"{path}: {twice[0]} stands there twice")
-        return dict(pairs)
-
-    return build
-
-
-def _parse_override(override: str) -> tuple[list[str], Any]:
-    """`a.b=c` → (["a", "b"], c)."""
-    name, equals, text = override.partition("=")
-    keys = [key.strip() for key in name.split(".")]
-    if not equals or len(keys) < 2 or not all(keys):
-        raise ValueError(f"--set {override}: the form is section.key=value, such as optimizer.lr=1e-4")
-    try:
-        return keys, tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError as error:
-        if not text.strip() or text.strip()[0] in "[{\"'" or "\n" in text:
-            raise ValueError(f"--set {override}: the value is not valid TOML ({error})") from error
-        return keys, text.strip()
-
-
-def _put(document: dict[str, Any], keys: list[str], value: Any, where: str) -> None:
-    """Sets document[k0][k1]… = value."""
-    for key in keys[:-1]:
-        document = document.setdefault(key, {})
-        if not isinstance(document, dict):
-            raise ValueError(f"{where}: {key} is not a section")
-    document[keys[-1]] = value
-
-
-def _allow(name: str, value: object, allowed: bool, what: str) -> None:
+def allow(name: str, value: object, allowed: bool, what: str) -> None:
+    """ValueError naming the key, the value and what is allowed, unless it is allowed."""
     if not allowed:
         raise ValueError(f"{name} = {json.dumps(value)}; allowed is {what}")

@@ -27,7 +27,7 @@ from pipelines.cli import run_cli
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one training; returns the exit status. Raises ValueError or OSError for what a user can mend."""
     arguments = _parse(argv)
-    from train.config import list_recipes, load_config, resolve_batch
+    from train.resolve import list_recipes, load_config, resolve_batch
 
     if arguments.recipe is None:
         print(f"name a recipe, such as --recipe demo:\n{list_recipes()}", file=sys.stderr)

@@ -23,10 +23,11 @@ from pipelines.loader import describe_decoding
 from pipelines.shards import ShardSet, write_durably
 from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, newest_checkpoint, resume
-from train.config import ROOT, Batch, Config
+from train.config import Batch, Config
 from train.engine import Engine, World, start_world
 from train.loop import Job, train
 from train.metrics import MetricsLog
+from train.resolve import ROOT
 
 PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "numpy", "open_clip_torch", "safetensors", "torch", "xformers")
 

@@ -218,4 +218,6 @@ def test_what_decodes_is_said(tmp_path: Path) -> None:
     h264 = open_set(tmp_path / "h264", [4], profile="h264")
     assert loader_module.describe_decoding(jpeg, cpu, 1) == "DALI on the CPU in 1 worker process a rank"
     assert loader_module.describe_decoding(jpeg, cuda, 8) == "DALI on the GPU"
-    assert loader_module.describe_decoding(h264, cuda, 8) == "FFmpeg, then DALI, on the CPU in 8 worker processes a rank"
+    assert (
+        loader_module.describe_decoding(h264, cuda, 8) == "FFmpeg, then DALI, on the CPU in 8 worker processes a rank"
+    )

@@ -10,14 +10,8 @@ import pytest
 
 from model.aim import AIMOptions
 from pipelines.plan import ClipOptions
-from train.config import (
-    DEEPSPEED_KEYS,
-    RECIPES,
-    Batch,
-    list_recipes,
-    load_config,
-    resolve_batch,
-)
+from train.config import Batch
+from train.resolve import DEEPSPEED_KEYS, RECIPES, list_recipes, load_config, resolve_batch
 
 SHARDS = "data.shards=somewhere"
 
