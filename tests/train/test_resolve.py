@@ -96,7 +96,7 @@ def test_deepspeed_file_of_the_command_line_wins_over_the_recipes(tmp_path: Path
         ("data.workers=-1", "allowed is 0 (automatic) to 256"),
         ("model.method=vivit", "allowed is aim"),
         ('model.adapters=["spatially"]', "is none of spatial, temporal, joint"),
-        ("schedule.warmup_epochs=9", "allowed is 0 to schedule.epochs = 8"),
+        ("schedule.warmup_epochs=99", "allowed is 0 to schedule.epochs = "),
         ("train.log_every=0", "allowed is 1 or more"),
         ("run.trace=1", "allowed is true or false"),
     ],
