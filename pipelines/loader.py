@@ -365,7 +365,9 @@ class _GpuThread:
         self._futures: deque[Future[list[Settled]]] = deque()
 
     def submit(self, slot: int, rows: list[int], plans: list[ClipPlan]) -> None:
-        self._futures.append(self._thread.submit(self._decode, slot, rows, plans))
+        # The trainer may have queued work that still reads this slot; what is decoded into it must come after.
+        slot_is_free = torch.cuda.current_stream(self.clips.device).record_event()
+        self._futures.append(self._thread.submit(self._decode, slot, rows, plans, slot_is_free))
 
     def collect(self) -> list[Settled]:
         return self._futures.popleft().result()
@@ -373,10 +375,13 @@ class _GpuThread:
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _decode(self, slot: int, rows: list[int], plans: list[ClipPlan]) -> list[Settled]:
+    def _decode(
+        self, slot: int, rows: list[int], plans: list[ClipPlan], slot_is_free: torch.cuda.Event
+    ) -> list[Settled]:
         with torch.cuda.stream(self._stream):
             decoded = torch.empty((len(rows), *self.clips.shape[2:]), dtype=torch.uint8, device=self.clips.device)
             failures = dict(self._decoder.decode_into(plans, decoded))
+            self._stream.wait_event(slot_is_free)
             self.clips[slot, rows] = decoded
         self._stream.synchronize()  # the trainer reads on another stream, and only what is settled
         return [(slot, row, failures.get(i)) for i, row in enumerate(rows)]
