@@ -96,6 +96,8 @@ class PackReport:
     bytes_in: int = 0
     """Of the packed videos' source files."""
     packed_of_class: Counter[str] = field(default_factory=Counter)
+    stored_frames: list[int] = field(default_factory=list)
+    """Of every packed video."""
 
     @property
     def bytes_out(self) -> int:
@@ -214,7 +216,8 @@ class _SplitWriter:
             "profile": profile,
             "frames": len(encoded.frames),
             "source_frames": encoded.source_frames,
-            "fps": round(encoded.fps, 6),
+            "fps": round(len(encoded.frames) / encoded.facts["seconds"], 3),
+            "source_fps": round(encoded.fps, 3),
             "width": encoded.width,
             "height": encoded.height,
         }
@@ -222,6 +225,7 @@ class _SplitWriter:
         self._report.samples[video.split] += 1
         self._report.seconds[video.split] += encoded.facts["seconds"]
         self._report.packed_of_class[video.label] += 1
+        self._report.stored_frames.append(len(encoded.frames))
 
     def close(self) -> None:
         if self._writer is not None:

@@ -289,6 +289,8 @@ class _Index:
         shard_bytes = self._shard.stat().st_size
         if shard_bytes != info.bytes:
             raise ValueError(f"{self._shard} has {shard_bytes} bytes, the manifest says {info.bytes}; copy it again")
+        if not self._path.is_file():
+            raise ValueError(f"{self._path}, the index of {self._shard.name}, is missing; pack again or copy it here")
         self._arrays = _map_arrays(self._path)
         self._check_shapes(info)
 

@@ -275,7 +275,7 @@ def decode_packets(packets: Sequence[bytes], extradata: bytes, wanted: Sequence[
 
 def _to_rgb(picture: av.VideoFrame, size: tuple[int, int], orientation: Orientation) -> NDArray[np.uint8]:
     rgb = picture.reformat(width=size[0], height=size[1], format="rgb24", interpolation=_TO_RGB, threads=1)
-    return orientation.apply(rgb.to_ndarray())
+    return np.ascontiguousarray(orientation.apply(rgb.to_ndarray()))  # DALI takes no strided views
 
 
 def _pick_stream(container: Any) -> Any:

@@ -20,13 +20,14 @@ def make_set(
     size: tuple[int, int] = (96, 64),
     samples_a_shard: int = 4,
     splits: tuple[str, ...] = ("train",),
+    rotation: int = 0,
 ) -> Path:
     """Packs one numbered video of each length into every split; sample i is of class i mod `classes`."""
     folder.mkdir(parents=True)
     source = folder / "source.mp4"
     encoded = {}
     for length in set(lengths):
-        write_video(source, length, size)
+        write_video(source, length, size, rotation=rotation)
         encoded[length] = encode_video(source, profile, choice=FrameChoice.parse(fps))
     source.unlink()
     entries = {}

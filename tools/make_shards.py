@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -29,6 +31,7 @@ SHORT_SIDE = 256  # pixels: what the published recipes train from
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what schedulers send: clean up as after Ctrl-C
     args = _parse_args()
     settings = PackSettings(
         profile=args.profile,
@@ -77,7 +80,13 @@ def _parse_args() -> argparse.Namespace:
         help=f"scale down to S pixels on the shorter side, or keep the source; never enlarges (default: {SHORT_SIDE})",
     )
     add("--quality", type=int, metavar="Q", help=f"1 (smallest) to 100 (best) (default: {DEFAULT_QUALITY})")
-    add("--max-shard-mb", type=float, default=1000, metavar="MB", help="size limit of a shard (default: %(default)s)")
+    add(
+        "--max-shard-mb",
+        type=float,
+        default=1000,
+        metavar="MB",
+        help="a shard ends before this; a larger video stands alone (default: %(default)s)",
+    )
     add("--workers", type=int, default=_num_cpus(), metavar="N", help="processes (default: all cores, %(default)s)")
     add("--seed", type=int, default=0, help="of the order in the shards and of --val-fraction (default: %(default)s)")
     add("--val-fraction", type=float, default=0.0, metavar="F", help="part of each class to set apart as split val")
@@ -110,6 +119,8 @@ def _print_summary(out: Path, listing: Listing, report: PackReport, wall_seconds
     ratio = report.bytes_out / report.bytes_in
     print(f"{out}: {samples} videos, {seconds:,.0f} s of video, in {wall_seconds:,.1f} s")
     print(f"  bytes: {_size(report.bytes_in)} in, {_size(report.bytes_out)} out ({ratio:.2f}×)")
+    few, many = min(report.stored_frames), max(report.stored_frames)
+    print(f"  stored frames a video: {few} to {many}, median {statistics.median(report.stored_frames):.0f}")
     for split, shards in report.shards.items():
         counts = ", ".join(str(shard.samples) for shard in shards)
         print(f"  {split}: {report.samples[split]} samples in {len(shards)} shards ({counts})")

@@ -46,9 +46,10 @@ def main() -> None:
         options=config.data,
         seed=config.train.seed,
     ) as loader:
-        sheet = contact_sheet(next(loader), shards.classes)
-        for sample_id, reason in loader.bad.items():
-            print(f"bad sample {shards[sample_id].key}: {reason}", file=sys.stderr)
+        batch = next(loader)  # a bad sample is named by the loader
+        if not batch.valid.any():
+            raise ValueError(f"none of the {count} clips of {arguments.shards} can be decoded; the reasons are above")
+        sheet = contact_sheet(batch, shards.classes)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(arguments.out)
     print(f"{arguments.out}: {count} clips of {config.data.num_frames} frames from {arguments.shards}, split {split}")
@@ -77,6 +78,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if not 1 <= arguments.clips <= 256:
         parser.error(f"--clips {arguments.clips}: allowed are 1 to 256")
+    if arguments.size is not None and not 16 <= arguments.size <= 4096:
+        parser.error(f"--size {arguments.size}: allowed are 16 to 4096 pixels")
     if arguments.out.suffix.lower() != ".png":
         parser.error(f"--out {arguments.out}: the picture is a .png file")
     return arguments

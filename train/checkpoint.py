@@ -86,10 +86,16 @@ def save_checkpoint(
         shutil.rmtree(leftover)
     final = out / f"checkpoint-{step:06d}"
     part = out / f".{final.name}.part"
-    part.mkdir()
-    _write(part / "state.safetensors", data)
-    _write(part / "state.json", (json.dumps(document, indent=1) + "\n").encode())
-    _sync_folder(part)
+    try:
+        part.mkdir()
+        _write(part / "state.safetensors", data)
+        _write(part / "state.json", (json.dumps(document, indent=1) + "\n").encode())
+        _sync_folder(part)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise OSError(
+            f"cannot write {final}: {error.strerror}; make room, then --resume from the one before"
+        ) from error
     if final.exists():
         shutil.rmtree(final)
     part.rename(final)

@@ -102,7 +102,7 @@ class TrainConfig:
     eval_every: float = 5.0
     """Epochs between evaluations; 0: only at the end."""
     log_every: int = 20
-    """Optimizer steps."""
+    """Optimizer steps between log lines; a short run still has five."""
     checkpoint_every: int = 500
     """Optimizer steps; 0: only at the end."""
     keep: int = 2

@@ -48,6 +48,11 @@ class Job:
     def num_steps(self) -> int:
         return num_steps(self.config.schedule.epochs, len(self.shards), self.batch.total)
 
+    @property
+    def log_every(self) -> int:
+        """Steps between log lines: a short run still has five."""
+        return min(self.config.train.log_every, max(1, self.num_steps // 5))
+
     def loader_options(self) -> dict[str, Any]:
         """How clips are cut and read, in training and evaluation alike."""
         data, device = self.config.data, self.world.device
@@ -110,7 +115,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
             ends, seen, before = step == job.num_steps, step * batch.total, (step - 1) * batch.total
             saves = ends or crosses(step, step - 1, config.train.checkpoint_every)
             evaluates = ends or crosses(seen, before, config.train.eval_every * len(job.shards))
-            if saves or evaluates or step % config.train.log_every == 0:
+            if saves or evaluates or step % job.log_every == 0:
                 mean = world.sum(loss_sum / loss_count).item() / world.size
                 _require_finite(mean, step, lr)
                 whole = clock.read()
@@ -123,6 +128,9 @@ def train(job: Job, log: MetricsLog | None) -> None:
             if evaluates:
                 with clock.paused():
                     _evaluate(job, step, log)
+        if log is not None and loader.bad:
+            keys = ", ".join(job.shards[i].key for i in loader.bad)
+            print(f"{len(loader.bad)} of {len(job.shards)} samples could not be decoded and were replaced: {keys}")
         if log is not None:
             log.write("end", job.num_steps, paused_seconds=clock.paused_seconds, **_pace_values(clock.read()))
 

@@ -40,6 +40,8 @@ class Prepared:
     batch: Batch
     shards: ShardSet
     val_shards: ShardSet | None
+    resumes: bool
+    """Whether --resume was asked for; without a checkpoint the run starts anew and says so."""
     checkpoint: Path | None
     model: AIM
     backbone: str
@@ -61,6 +63,8 @@ class Prepared:
         log = None
         if world.rank == 0:
             print(_opening(job), flush=True)
+            if self.resumes and self.checkpoint is None:
+                print(f"no checkpoint in {out} to resume from: this run starts anew", flush=True)
             log = MetricsLog(out, start_step)
         train(job, log)
         if log is not None:
@@ -81,12 +85,10 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
     val_shards = _open_shards(config, config.data.val_split) if config.data.val_split else None
     checkpoint = newest_checkpoint(out) if resume and out.is_dir() else None
     if os.environ.get("RANK", "0") == "0":
-        if resume and checkpoint is None:
-            print(f"no checkpoint in {out}: starting from the beginning")
         print(f"loading {config.model.name}, weights {config.model.pretrained}", flush=True)  # may download for minutes
     frames, seed = config.data.num_frames, config.train.seed
     model = build_model(config.model, num_classes=len(shards.classes), num_frames=frames, seed=seed)
-    return Prepared(config, batch, shards, val_shards, checkpoint, model, backbone_checksum(model))
+    return Prepared(config, batch, shards, val_shards, resume, checkpoint, model, backbone_checksum(model))
 
 
 def _open_shards(config: Config, split: str) -> ShardSet:
@@ -120,7 +122,12 @@ def _opening(job: Job) -> str:
     )
     decoding = describe_decoding(job.shards, world.device, job.loader_options()["workers"])
     lines.append(f"decoding by {decoding}; attention by {attention_backend(world.device)}")
-    lines.append(f"from step {job.start_step}, into {job.out}" if job.start_step else f"into {job.out}")
+    if batch.total > len(job.shards):
+        lines.append(
+            f"a step of {batch.total} clips is more than the {len(job.shards)} samples: they repeat within it, and the "
+            "run takes few steps; consider a smaller one (--set ds.train_batch_size=8)"
+        )
+    lines.append(f"from {f'step {job.start_step}' if job.start_step else 'the beginning'}, into {job.out}")
     return "\n".join(lines)
 
 

@@ -58,6 +58,17 @@ def test_frames_are_the_planned_ones(tmp_path: Path, profile: str) -> None:
     assert seen == 5 and not batch.valid[-1]
 
 
+@pytest.mark.parametrize("profile", ["jpeg", "h264", "copy"])
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+def test_turned_videos_come_out_upright(tmp_path: Path, profile: str, rotation: int) -> None:
+    """Square, so that the centre crop holds the whole number, which is readable upright only."""
+    shards = open_set(tmp_path / "set", [9], profile=profile, size=(64, 64), rotation=rotation)
+    with evaluate(shards, micro=1) as loader:
+        batch = next(loader)
+        assert not loader.bad
+        assert [read_number(frame) for frame in batch.frames[0].numpy()] == list(batch.plans[0].frames)
+
+
 def test_thinned_sets_give_the_nearest_stored_frames(tmp_path: Path) -> None:
     shards = open_set(tmp_path / "set", [45], fps="source/4", size=(64, 64))
     with evaluate(shards, micro=1) as loader:

@@ -86,7 +86,8 @@ def test_stored_videos_play_and_say_what_they_are(source: Path, packed: dict[str
         "profile": profile,
         "frames": len(numbers),
         "source_frames": 14,
-        "fps": 30.0,
+        "fps": 30.0 if profile == "copy" else 15.0,
+        "source_fps": 30.0,
         "seconds": pytest.approx(14 / 30, abs=1e-5),
     }
     assert {name: facts[name] for name in expected} == expected

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,21 @@ def test_mistakes_end_in_one_line(videos: Path, tmp_path: Path, arguments: list[
     assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
     assert message in run.stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.packing").exists()
+
+
+def test_ended_by_a_scheduler_nothing_is_left(tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(20):
+            write_video(folder / name / f"{i}.mp4", 120, (320, 240))
+    command = [sys.executable, str(ROOT / "tools/make_shards.py"), str(folder), "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
+    part = tmp_path / ".out.packing"
+    deadline = time.monotonic() + 60
+    while not part.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["videos"]

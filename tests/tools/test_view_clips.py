@@ -52,3 +52,13 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         done = view(*arguments, "--out", str(tmp_path / "x.png"))
         assert done.returncode == 2 and text in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
         assert not (tmp_path / "x.png").exists()
+
+
+def test_a_set_without_a_good_clip_is_said(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", [8, 8])
+    shard = folder / "train-000000.tar"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    done = view(str(folder), "--eval", "--split", "train", "--size", "48", "--out", str(tmp_path / "x.png"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "checksum differs" in done.stderr and "none of the 2 clips" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "x.png").exists()

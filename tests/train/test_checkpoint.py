@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import signal
@@ -174,5 +175,18 @@ def test_resume_without_checkpoint_starts_fresh_and_says_so(
 ) -> None:
     run_here(packed, tmp_path / "run", "schedule.epochs=0.5", "schedule.warmup_epochs=0", resume=True)
     assert "no checkpoint in" in capsys.readouterr().out
+    before = metrics(tmp_path / "run", "train")
     run_here(packed, tmp_path / "run", "schedule.epochs=0.5", "schedule.warmup_epochs=0", resume=True)
-    assert len(metrics(tmp_path / "run", "train")) == 1, "a finished run is only evaluated again"
+    assert metrics(tmp_path / "run", "train") == before, "a finished run is only evaluated again"
+
+
+def test_a_full_disk_is_named_and_leaves_no_half_checkpoint(
+    packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.checkpoint._write", full)
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint-000004: No space left on device; make room"):
+        run_here(packed, tmp_path / "run", *SAVING)
+    assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]
