@@ -78,8 +78,8 @@ def test_ended_by_a_scheduler_nothing_is_left(tmp_path: Path) -> None:
     folder = tmp_path / "videos"
     for name in ("a", "b"):
         (folder / name).mkdir(parents=True)
-        for i in range(20):
-            write_video(folder / name / f"{i}.mp4", 120, (320, 240))
+        for i in range(8):
+            write_video(folder / name / f"{i}.mp4", 90, (320, 240))
     command = [sys.executable, str(ROOT / "tools/make_shards.py"), str(folder), "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
     part = tmp_path / ".out.packing/.train-000000.tar.part"  # there once the worker is at it
