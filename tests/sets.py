@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipelines.encode import FrameChoice, encode_video
-from pipelines.shards import ShardSet, ShardWriter, write_manifest
-from tests.videos import write_video
+from pipelines.shards import EncodedVideo, ShardSet, ShardWriter, write_manifest
+from pipelines.video import decode_file
+from tests.videos import read_number, write_video
 
 
 def make_set(
@@ -47,3 +51,18 @@ def make_set(
 def open_set(folder: Path, lengths: list[int], split: str = "train", **options: object) -> ShardSet:
     """`make_set` and open it."""
     return ShardSet.open(make_set(folder, lengths, **options), split)  # type: ignore[arg-type]
+
+
+def whole(video: EncodedVideo) -> list[NDArray[np.uint8]]:
+    """All stored frames, decoded from the whole file."""
+    return list(decode_file(video.data, range(len(video.frames))))
+
+
+def packets(video: EncodedVideo) -> list[bytes]:
+    """The stored bytes of every frame."""
+    return [video.data[o : o + n] for o, n in zip(video.frames.offset, video.frames.num_bytes, strict=True)]
+
+
+def numbers(images: list[NDArray[np.uint8]]) -> list[int]:
+    """What the frames show."""
+    return [read_number(image) for image in images]

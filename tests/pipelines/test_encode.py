@@ -12,7 +12,8 @@ from PIL import Image
 from pipelines.encode import FrameChoice, encode_jpeg, encode_video
 from pipelines.shards import EncodedVideo, checksum
 from pipelines.video import decode_file, decode_packets, open_video
-from tests.videos import read_number, write_noise, write_video
+from tests.sets import numbers, packets, whole
+from tests.videos import write_noise, write_video
 
 ALL = FrameChoice()
 PROFILES = ("jpeg", "h264", "copy")
@@ -40,18 +41,6 @@ def jpegs(video: EncodedVideo) -> list[NDArray[np.uint8]]:
 
 def stored_images(video: EncodedVideo) -> list[NDArray[np.uint8]]:
     return jpegs(video) if video.frames.keyframe.all() and video.frames.num_bytes.any() else whole(video)
-
-
-def whole(video: EncodedVideo) -> list[NDArray[np.uint8]]:
-    return list(decode_file(video.data, range(len(video.frames))))
-
-
-def packets(video: EncodedVideo) -> list[bytes]:
-    return [video.data[o : o + n] for o, n in zip(video.frames.offset, video.frames.num_bytes, strict=True)]
-
-
-def numbers(images: list[NDArray[np.uint8]]) -> list[int]:
-    return [read_number(image) for image in images]
 
 
 SOURCES = {

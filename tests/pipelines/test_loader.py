@@ -232,3 +232,15 @@ def test_what_decodes_is_said(tmp_path: Path) -> None:
     assert (
         loader_module.describe_decoding(h264, cuda, 8) == "FFmpeg, then DALI, on the CPU in 8 worker processes a rank"
     )
+
+
+@pytest.mark.gpu
+def test_gpu_batches_equal_cpu_batches(tmp_path: Path) -> None:
+    """Same clips in the same rows; nvJPEG rounds otherwise than libjpeg."""
+    shards = open_set(tmp_path / "set", [20, 30, 25, 40])
+    on_cpu = copies(train(shards, steps=6))
+    with train(shards, steps=6, device="cuda") as loader:
+        for batch, (frames, labels, turns) in zip(loader, on_cpu, strict=True):
+            assert batch.frames.is_cuda and (batch.labels.tolist(), batch.turns) == (labels, turns)
+            difference = np.abs(batch.frames.cpu().numpy().astype(np.int16) - frames)
+            assert difference.mean() < 1.0 and difference.max() < 24

@@ -6,27 +6,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from pipelines.encode import FrameChoice, encode_jpeg, encode_video
-from pipelines.shards import EncodedVideo
 from pipelines.video import Orientation, VideoError, decode_file, decode_packets, open_video
-from tests.videos import draw_number, read_number, write_noise, write_video
+from tests.sets import numbers, packets, whole
+from tests.videos import draw_number, write_noise, write_video
 
 ALL = FrameChoice()
 PROFILES = ("jpeg", "h264", "copy")
-
-
-def whole(video: EncodedVideo) -> list[NDArray[np.uint8]]:
-    return list(decode_file(video.data, range(len(video.frames))))
-
-
-def packets(video: EncodedVideo) -> list[bytes]:
-    return [video.data[o : o + n] for o, n in zip(video.frames.offset, video.frames.num_bytes, strict=True)]
-
-
-def numbers(images: list[NDArray[np.uint8]]) -> list[int]:
-    return [read_number(image) for image in images]
 
 
 def test_mirrored_frames_are_shown_as_a_player_shows_them(tmp_path: Path) -> None:
