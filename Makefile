@@ -11,7 +11,7 @@ STAMP := $(VENV)/.setup-$(shell sha256sum requirements.lock | cut -c1-16)
 # Everything runs with .venv/bin first on PATH: DeepSpeed looks for `ninja` there at every launch.
 RUN := PATH="$(VENV)/bin:$$PATH"
 
-.PHONY: help setup test lint demo pretrain lock
+.PHONY: help setup test stress lint demo pretrain lock
 
 help: ## list these targets
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | column -t -s '|'
@@ -20,6 +20,9 @@ setup: $(STAMP) ## create .venv from requirements.lock (about 3 minutes, 6 GB; P
 
 test: lint ## set up, lint, type-check and run the tests: what CI runs (ARGS="-k name" goes to pytest)
 	@$(RUN) pytest $(ARGS)
+
+stress: setup ## the long versions of tests/stress: kills, mutated samples, memory over 20,000 batches (an hour)
+	@$(RUN) STRESS=1 pytest tests/stress --timeout=10800 -s $(ARGS)
 
 lint: setup ## ruff and mypy
 	@$(RUN) ruff check .

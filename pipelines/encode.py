@@ -1,12 +1,12 @@
-"""Storing videos: the three profiles. With `video.py` the only files that import PyAV.
+"""Storing videos: the four profiles. With `video.py` the only files that import PyAV.
 
-`jpeg` is Motion-JPEG in full-range BT.601, every frame a JPEG of its own; `h264` closed groups of 8 frames, no
-B-frames, limited-range BT.601; `copy` the source's own bytes, verified. Colour is BT.601 whatever the source: JPEG
-decoders assume it always, hardware video decoders mostly. A source without a colour tag counts as BT.601, limited
-range, which is what swscale assumes at every size.
+`jpeg` is Motion-JPEG, every frame a JPEG of its own; `h264` and `hevc` are closed groups of 8 frames without B-frames;
+`copy` is the source's own bytes, verified. What is encoded is full-range BT.601 whatever the source: JPEG decoders
+assume it always, hardware video decoders mostly. A source without a colour tag counts as BT.601, limited range, which
+is what swscale assumes at every size.
 
-Cost on one core, after decoding: 1080p 4 ms a frame to scale; a 456 × 256 frame 1.5 ms to store as JPEG, 4 ms as
-H.264. One thread everywhere: stored bytes depend on the thread count, and parallelism is over videos.
+Cost on one core, after decoding: 1080p 1.6 ms a frame to scale, 340 × 256 0.1 ms to convert and 0.5 ms to store as
+JPEG, 3.5 ms as H.264. One thread everywhere: stored bytes depend on the thread count, and parallelism is over videos.
 """
 
 from __future__ import annotations
@@ -19,42 +19,63 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import av
+import cv2
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
 from numpy.typing import NDArray
 
 from pipelines.annotations import VIDEO_SUFFIXES
 from pipelines.shards import EncodedVideo, FrameTable, checksum
-from pipelines.video import Orientation, Reader, ShownFrame, VideoError, open_video
+from pipelines.video import Orientation, Reader, ShownFrame, VideoError, open_video, plane_view
 
 MAX_STORED_BYTES = 2**31 - 1  # frame sizes are 32-bit in the index, and a video is held in memory while it is packed
 
 _TICKS = 90_000  # of the stored time stamps, per second
-_GOP = 8  # frames from keyframe to keyframe in the h264 profile
-_SCALE = Interpolation.BICUBIC | Interpolation.ACCURATE_RND  # widens its filter when it shrinks: nothing aliases
+_TIME_BASE = Fraction(1, _TICKS)
+_GOP = 8  # frames from keyframe to keyframe in the h264 and hevc profiles
+_SCALE = Interpolation.BICUBIC  # widens its filter when it shrinks: nothing aliases; ACCURATE_RND costs a frame's
+# conversion again and moves no mean by more than 0.04
 _LUMA_WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}  # of red and blue
 _MATRIX_OF_TAG = {1: "bt709", 9: "bt2020", 10: "bt2020"}  # AVColorSpace; others, and no tag, count as BT.601
+_LEFT_TO_CENTRE = np.array([[-9, 111, 29, -3]], np.float32) / 128  # Catmull-Rom a quarter of a sample to the right
 
-# quality: (mjpeg qscale, x264 crf), linear in between; the two columns give the same PSNR. Measured on 14 natural clips
-# (phones, television, animation; 8 and 10 bit, BT.601, 709 and 2020) at a short side of 256, in RGB against the source
-# frames scaled alike: 100 → 43.9 dB and 31 kB a frame as JPEG, 43.8 dB and 16 kB as H.264 at every 4th frame;
-# 90 → 41.8 dB, 20 kB and 42.0 dB, 10 kB (worst natural clip 39.3 and 38.7; the one animation 37.8 and 38.7);
-# 80 → 40.2 dB, 15 kB; 60 → 38.1 dB, 11 kB; 40 → 35.8 dB, 8 kB; 20 → 32.8 dB, 5 kB; 1 → 30.2 dB, 3.5 kB.
-# 90 is the default: the cheapest step at which every natural clip stays above 38 dB in both profiles.
+_STORED_FORMAT = "yuvj420p"
+SIDE_MULTIPLE = {"jpeg": 2, "h264": 16, "hevc": 16}  # both sides are made a multiple of this
+_USUAL_FORMATS = ("yuv420p", "yuvj420p")
+
+
+class _Quantisers(NamedTuple):
+    """What a quality means to each encoder; one row gives the same PSNR with all three."""
+
+    qscale: float
+    x264_crf: float
+    x265_crf: float
+
+
+# Linear in between. Measured on the 20 sources of tools/bench_sources.py (natural video, 340 × 256, 432 kb/s) at every
+# 4th frame, in RGB against the source frames scaled alike; bytes as a part of the source's as JPEG, H.264 and HEVC:
+# 100 → 45.6 dB, 3.39, 2.0, 1.6; 90 → 41.2 dB, 1.70, 0.97, 0.84; 75 → 38.8 dB, 1.24, 0.66, 0.56;
+# 50 → 36.4 dB, 0.91, 0.45, 0.35; 15 → 32.2 dB, 0.52, 0.21, 0.16; 1 → 30.5 dB, 0.42, 0.15, 0.10.
 _QUALITY = {
-    1: (31.0, 40.0),
-    20: (16.0, 35.0),
-    40: (8.0, 29.5),
-    60: (5.0, 25.5),
-    70: (4.0, 23.5),
-    80: (3.0, 21.0),
-    90: (2.0, 18.0),
-    100: (1.0, 14.0),
+    1: _Quantisers(31.0, 40.2, 35.5),
+    15: _Quantisers(20.0, 37.0, 32.3),
+    30: _Quantisers(12.0, 33.1, 28.2),
+    50: _Quantisers(8.0, 30.2, 25.1),
+    65: _Quantisers(6.0, 27.8, 22.7),
+    75: _Quantisers(5.0, 26.5, 21.2),
+    83: _Quantisers(4.0, 25.0, 19.7),
+    90: _Quantisers(3.0, 22.7, 17.4),
+    95: _Quantisers(2.0, 19.5, 14.4),
+    100: _Quantisers(1.0, 14.5, 10.0),
 }
-DEFAULT_QUALITY = 90
+DEFAULT_QUALITY = 80
+"""For pictures stored at about their own size: above 38 dB, JPEG below 1.6 of the source's bytes, H.264 below 1."""
+SHRUNK_QUALITY = 90
+"""For pictures stored at half their width and height or less, whose detail is finer: 1080p phone clips at a short side
+of 256 reach 36 dB at quality 75, 38 dB at 90, at a seventh of the source's bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,80 +109,72 @@ def encode_video(
     *,
     choice: FrameChoice,
     short_side: int | None = None,
-    quality: int = DEFAULT_QUALITY,
+    quality: int | None = None,
+    verify: bool = True,
 ) -> EncodedVideo:
     """Reads, verifies and stores one video in the given profile.
 
-    `short_side` in pixels (None: as the source) never enlarges; `quality` is 1 to 100. Both, and `choice`, are for
-    jpeg and h264 only. Raises VideoError with a reason, or OSError where the file cannot be opened.
+    What is encoded becomes 8-bit 4:2:0, full-range BT.601, upright, in mp4: jpeg of even sizes, h264 and hevc of
+    multiples of 16 in closed groups of 8 frames without B-frames. `short_side` in pixels (None: as the source) never
+    enlarges; `quality` is 1 to 100, None: `DEFAULT_QUALITY` or `SHRUNK_QUALITY`. Both, and `choice`, are for the
+    profiles that encode; `verify=False`, for copy only, decodes the first frame alone. Raises VideoError with a reason,
+    or OSError where the file cannot be read.
     """
+    cv2.setNumThreads(1)
     if profile == "copy":
-        return copy_video(path)
-    encode = {"jpeg": encode_jpeg, "h264": encode_h264}[profile]
-    return encode(path, choice=choice, short_side=short_side, quality=quality)
+        return copy_video(path, verify=verify)
+    return _encode(path, profile, choice, short_side, quality)
 
 
-def encode_jpeg(
-    source: Path | bytes,
-    *,
-    choice: FrameChoice,
-    short_side: int | None = None,
-    quality: int = DEFAULT_QUALITY,
-) -> EncodedVideo:
-    """Motion-JPEG in mp4, 4:2:0, full-range BT.601, even sizes; every frame's byte range is one complete JPEG."""
-    qscale = round(_interpolate(quality)[0])
-    settings = _EncoderSettings(
-        codec="mjpeg",
-        pix_fmt="yuvj420p",
-        full_range=True,
-        multiple=2,
-        options={"qmin": str(qscale), "qmax": str(qscale), "huffman": "optimal"},
+@dataclass(frozen=True, slots=True)
+class EncoderSettings:
+    """What a profile asks of FFmpeg, at one quality."""
+
+    codec: str
+    options: dict[str, str]
+    qscale: float | None = None
+    """Of Motion-JPEG, 1 (best) to 31; a fraction is reached by taking turns between its neighbours."""
+
+
+def encoder_settings(profile: str, quality: int) -> EncoderSettings:
+    """Of the profiles that encode. Raises ValueError where this PyAV has no encoder for it."""
+    quantisers = _interpolate(quality)
+    if profile == "jpeg":  # every frame's byte range is one complete JPEG
+        first = str(math.floor(quantisers.qscale))
+        options = {"huffman": "optimal", "qmin": first, "qmax": first}
+        return EncoderSettings("mjpeg", options, quantisers.qscale)
+    group = {"bf": "0", "g": str(_GOP), "keyint_min": str(_GOP), "sc_threshold": "0"}
+    if profile == "h264":
+        options = {
+            "crf": f"{quantisers.x264_crf:.1f}",
+            "preset": "medium",
+            "tune": "fastdecode",  # no CABAC, no deblocking: half the decoding time for a seventh more bytes
+            # chromaloc: chroma centred, as `_Converter` makes it. The others: at the same bytes 1.2 dB more in RGB than
+            # the preset, whose adaptive quantisation and psychovisual decisions favour what people see.
+            "x264-params": "open-gop=0:chromaloc=1:aq-mode=0:psy=0:chroma-qp-offset=-3:ref=1:me=dia",
+        }
+        return EncoderSettings("libx264", group | options)
+    if "libx265" not in av.codecs_available:
+        raise ValueError("profile hevc needs an FFmpeg with libx265, which this PyAV lacks; use profile h264")
+    parameters = (
+        f"keyint={_GOP}:min-keyint={_GOP}:open-gop=0:scenecut=0:bframes=0:ref=1:repeat-headers=0:chromaloc=1:"
+        "aq-mode=0:psy-rd=0:cbqpoffs=-3:crqpoffs=-3:pools=none:frame-threads=1:wpp=0:log-level=none"
     )
-    return _encode(source, settings, choice, short_side)
+    options = {"crf": f"{quantisers.x265_crf:.1f}", "preset": "veryfast", "x265-params": parameters}
+    return EncoderSettings("libx265", options)
 
 
-def encode_h264(
-    source: Path | bytes,
-    *,
-    choice: FrameChoice,
-    short_side: int | None = None,
-    quality: int = DEFAULT_QUALITY,
-) -> EncodedVideo:
-    """H.264 in mp4, 8-bit 4:2:0, closed groups of 8 frames, no B-frames, sizes a multiple of 16."""
-    options = {
-        "crf": f"{_interpolate(quality)[1]:.1f}",
-        "preset": "medium",
-        "bf": "0",
-        "g": str(_GOP),
-        "keyint_min": str(_GOP),
-        "sc_threshold": "0",
-        "x264-params": "open-gop=0:chromaloc=1",  # chroma centred, as `_to_stored` makes it
-    }
-    settings = _EncoderSettings(codec="libx264", pix_fmt="yuv420p", full_range=False, multiple=16, options=options)
-    return _encode(source, settings, choice, short_side)
-
-
-def copy_video(path: Path) -> EncodedVideo:
-    """The source's own bytes, after every frame of them decoded."""
+def copy_video(path: Path, *, verify: bool = True) -> EncodedVideo:
+    """The source's own bytes, after every frame of them decoded; without `verify` only the first."""
     _check_bytes(path.stat().st_size)
     data = path.read_bytes()
     suffix = path.suffix.lower()
     with open_video(data) as reader:
-        width = height = 0
-        for frame in reader.frames():
-            if frame.number == 0:
-                width, height = reader.orientation.upright_size(frame.picture.width, frame.picture.height)
-        zeros = np.zeros(reader.num_frames, np.int64)
+        width, height = reader.decode_all() if verify else reader.skim()
         return EncodedVideo(
             data=data,
             suffix=suffix.lstrip(".") if suffix in VIDEO_SUFFIXES else "mp4",
-            frames=FrameTable(
-                offset=zeros,
-                num_bytes=zeros.astype(np.int32),
-                checksum=zeros.astype(np.uint64),
-                source_frame=np.arange(reader.num_frames, dtype=np.int32),
-                keyframe=zeros.astype(np.uint8),
-            ),
+            frames=FrameTable.of_copy(reader.num_frames),
             width=width,
             height=height,
             source_frames=reader.num_frames,
@@ -173,27 +186,20 @@ def copy_video(path: Path) -> EncodedVideo:
 def check_quality(quality: int) -> None:
     """ValueError unless `quality` is on the scale."""
     if not 1 <= quality <= 100:
-        raise ValueError(f"quality {quality}: allowed are 1 (smallest files) to 100 (best), default {DEFAULT_QUALITY}")
+        raise ValueError(
+            f"quality {quality}: allowed are 1 (smallest files) to 100 (best); the default is {DEFAULT_QUALITY}, or "
+            f"{SHRUNK_QUALITY} for videos that are scaled to half or less"
+        )
 
 
 def library_versions() -> dict[str, str]:
     """Versions of everything that stored bytes depend on."""
     libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
-    return {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info, **libraries}
-
-
-@dataclass(frozen=True, slots=True)
-class _EncoderSettings:
-    codec: str
-    pix_fmt: str
-    full_range: bool
-    multiple: int
-    """Both sides are made a multiple of this."""
-    options: dict[str, str]
+    return {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info, **libraries, "cv2": cv2.__version__}
 
 
 def _encode(
-    source: Path | bytes, settings: _EncoderSettings, choice: FrameChoice, short_side: int | None
+    source: Path, profile: str, choice: FrameChoice, short_side: int | None, quality: int | None
 ) -> EncodedVideo:
     sink = io.BytesIO()
     source_frames: list[int] = []
@@ -201,10 +207,17 @@ def _encode(
         stream = None
         for seconds, frame in _chosen(reader, choice):
             if stream is None:
-                size = _stored_size(frame.picture, reader.orientation, short_side, settings.multiple)
+                size = _stored_size(frame.picture, reader.orientation, short_side, SIDE_MULTIPLE[profile])
+                asked = _default_quality(frame.picture, size) if quality is None else quality
+                settings = encoder_settings(profile, asked)
                 stream = _add_stream(container, settings, size, reader)
-            picture = _to_stored(frame.picture, size, settings, reader.orientation)
-            picture.pts, picture.time_base = round(seconds * _TICKS), Fraction(1, _TICKS)
+                converter = _Converter(frame.picture, size, reader.orientation)
+            picture = converter.convert(frame.picture)
+            picture.pts, picture.time_base = round(seconds * _TICKS), _TIME_BASE
+            if settings.qscale is not None:
+                n = len(source_frames)
+                qscale = math.floor((n + 1) * settings.qscale) - math.floor(n * settings.qscale)
+                stream.codec_context.qmin = stream.codec_context.qmax = qscale
             container.mux(stream.encode(picture))
             source_frames.append(frame.number)
             _check_bytes(sink.tell())
@@ -221,21 +234,25 @@ def _encode(
         height=size[1],
         source_frames=reader.num_frames,
         fps=reader.fps,
-        extradata=extradata if settings.codec == "libx264" else b"",
+        extradata=b"" if settings.codec == "mjpeg" else extradata,
         facts={"seconds": round(reader.seconds, 6), "source_codec": reader.codec},
     )
 
 
-def _add_stream(container: Any, settings: _EncoderSettings, size: tuple[int, int], reader: Reader) -> Any:
+def _default_quality(picture: av.VideoFrame, size: tuple[int, int]) -> int:
+    return SHRUNK_QUALITY if 4 * size[0] * size[1] <= picture.width * picture.height else DEFAULT_QUALITY
+
+
+def _add_stream(container: Any, settings: EncoderSettings, size: tuple[int, int], reader: Reader) -> Any:
     fps = Fraction(min(max(reader.fps, 1.0), 1000.0)).limit_denominator(1001)  # nominal: every frame has a time stamp
     stream = container.add_stream(settings.codec, rate=fps)
     context = stream.codec_context
     context.width, context.height = size
-    context.pix_fmt = settings.pix_fmt
-    context.time_base = Fraction(1, _TICKS)
+    context.pix_fmt = _STORED_FORMAT
+    context.time_base = _TIME_BASE
     context.thread_count = 1
     context.options = settings.options
-    context.color_range = ColorRange.JPEG if settings.full_range else ColorRange.MPEG
+    context.color_range = ColorRange.JPEG
     context.colorspace = 6  # AVCOL_SPC_SMPTE170M, BT.601
     return stream
 
@@ -286,62 +303,106 @@ def _stored_size(
     return side(width), side(height)
 
 
-def _to_stored(
-    picture: av.VideoFrame, size: tuple[int, int], settings: _EncoderSettings, orientation: Orientation
-) -> av.VideoFrame:
-    """Scaled and upright, 8-bit 4:2:0 in BT.601, chroma centred between its four pixels.
+class _Converter:
+    """Turns decoded pictures into stored ones: scaled, upright, 8-bit 4:2:0, full-range BT.601, chroma centred.
 
-    swscale scales, to 16-bit 4:4:4; matrix, range and chroma averaging are done here in float32 because swscale rounds
-    chroma down (means off by up to 1.5) and places it left, where JPEG decoders expect it centred (1 dB).
+    swscale scales. Matrix, range and chroma's place are made here, each value rounded once: swscale rounds chroma down
+    (means off by up to 1.5) and places it left, where JPEG decoders expect it centred (1 dB). The usual source, 8-bit
+    4:2:0, keeps its half-size chroma all the way; any other goes through 16-bit 4:4:4.
     """
-    planes, matrix_name, full = _scaled_planes(picture, orientation.upright_size(*size))
-    y, u, v = (orientation.apply(plane) for plane in planes)
-    matrix, offset = _matrix_to_bt601(matrix_name, full, settings.full_range)
-    offset = offset + np.float32(0.5)  # what is cut to integers below is rounded
-    width, height = size
-    stored = np.empty((height * 3 // 2, width), np.uint8)  # three planes one after another
-    luma = y * matrix[0, 0] + offset[0]
-    if matrix[0, 1] or matrix[0, 2]:
-        luma += u * matrix[0, 1]
-        luma += v * matrix[0, 2]
-    np.clip(luma, 0, 255, out=stored[:height], casting="unsafe")
-    u, v = _average_fours(u), _average_fours(v)
-    for row, plane in zip((1, 2), stored[height:].reshape(2, height // 2, width // 2), strict=True):
-        chroma = u * matrix[row, 1] + v * matrix[row, 2] + offset[row]
-        np.clip(chroma, 0, 255, out=plane, casting="unsafe")
-    return av.VideoFrame.from_ndarray(stored, settings.pix_fmt)
+
+    def __init__(self, first: av.VideoFrame, size: tuple[int, int], orientation: Orientation) -> None:
+        self._size = size
+        self._orientation = orientation
+        self._scalers = VideoReformatter(), VideoReformatter()  # kept: setting one up costs as much as a frame
+        self._chroma_is_left = False
+        if first.format.name in _USUAL_FORMATS:
+            self._chroma_is_left = self._finds_chroma_left(first)
+
+    def convert(self, picture: av.VideoFrame) -> av.VideoFrame:
+        """A new picture in `_STORED_FORMAT`."""
+        usual = picture.format.name in _USUAL_FORMATS
+        y, u, v = self._scaled(picture, picture.format.name) if usual else self._half_size_chroma(picture)
+        matrix, offset = _matrix_to_bt601(*_colours(picture), 1 if usual else 256)
+        stored = av.VideoFrame(*self._size, _STORED_FORMAT)
+        planes = [plane_view(plane) for plane in stored.planes]
+        turned = self._orientation != Orientation()
+        luma, cb, cr = [np.empty(plane.shape, np.uint8) for plane in (y, u, v)] if turned else planes
+        if not any(matrix[0][1:]):  # the source's matrix is ours: luma needs luma alone, Cb Cb, and Cr Cr
+            cv2.addWeighted(y, matrix[0][0], y, 0, offset[0], luma, cv2.CV_8U)
+            for plane, row, target in ((u, 1, cb), (v, 2, cr)):
+                self._move_chroma(plane, matrix[row][row], offset[row], target)
+        else:
+            u, v = (self._move_chroma(plane) for plane in (u, v))
+            tint = cv2.addWeighted(u, matrix[0][1], v, matrix[0][2], offset[0], dtype=cv2.CV_32F)
+            tint = cv2.resize(tint, luma.shape[::-1], interpolation=cv2.INTER_LINEAR)
+            cv2.addWeighted(y, matrix[0][0], tint, 1, 0, luma, cv2.CV_8U)
+            for row, target in ((1, cb), (2, cr)):
+                cv2.addWeighted(u, matrix[row][1], v, matrix[row][2], offset[row], target, cv2.CV_8U)
+        if turned:
+            for plane, upright in zip((luma, cb, cr), planes, strict=True):
+                upright[:] = self._orientation.apply(plane)
+        return stored
+
+    def _move_chroma(
+        self, plane: NDArray[Any], gain: float = 1.0, offset: float = 0.0, target: NDArray[np.uint8] | None = None
+    ) -> NDArray[Any]:
+        """Chroma in its stored place, times `gain` plus `offset`; in 8 bits where a `target` takes it, else float."""
+        depth = cv2.CV_32F if target is None else cv2.CV_8U
+        if self._chroma_is_left:
+            border, kernel = cv2.BORDER_REPLICATE, _LEFT_TO_CENTRE * gain
+            moved = cv2.filter2D(plane, depth, kernel, target, anchor=(1, 0), delta=offset, borderType=border)
+        else:
+            moved = cv2.addWeighted(plane, gain, plane, 0, offset, target, depth)
+        return cast(NDArray[Any], moved)
+
+    def _half_size_chroma(self, picture: av.VideoFrame) -> list[NDArray[Any]]:
+        """Y [H, W], Cb and Cr [H / 2, W / 2], centred, in 16 bits and of any format."""
+        y, u, v = self._scaled(picture, "yuv444p16le")
+        half = (y.shape[1] // 2, y.shape[0] // 2)
+        return [y, *(cv2.resize(plane, half, interpolation=cv2.INTER_AREA) for plane in (u, v))]
+
+    def _scaled(self, picture: av.VideoFrame, pix_fmt: str) -> list[NDArray[Any]]:
+        width, height = self._orientation.upright_size(*self._size)
+        is_rgb = picture.format.is_rgb
+        wide = pix_fmt == "yuv444p16le"
+        scaled = self._scalers[wide].reformat(
+            picture,
+            width,
+            height,
+            pix_fmt,
+            interpolation=_SCALE,
+            threads=1,
+            dst_colorspace=Colorspace.ITU601 if is_rgb else None,
+            dst_color_range=ColorRange.MPEG if is_rgb else None,
+        )
+        return [plane_view(plane, np.uint16 if wide else np.uint8) for plane in scaled.planes]
+
+    def _finds_chroma_left(self, picture: av.VideoFrame) -> bool:
+        """Whether the source's chroma stands above its left luma pixel (H.264, HEVC), not between two (JPEG, MPEG-1).
+
+        PyAV does not tell, but swscale knows: it is asked for chroma at full size.
+        """
+        planes = self._scaled(picture, picture.format.name)[1:]
+        centred = self._half_size_chroma(picture)[1:]
+        errors = []
+        for self._chroma_is_left in (True, False):
+            moved = [self._move_chroma(plane) for plane in planes]
+            errors.append(sum(float(np.abs(a - b / 256).mean()) for a, b in zip(moved, centred, strict=True)))
+        return errors[0] <= errors[1]
 
 
-def _scaled_planes(picture: av.VideoFrame, size: tuple[int, int]) -> tuple[list[NDArray[np.uint16]], str, bool]:
-    """Y, Cb, Cr [H, W] in 16 bits, whose matrix they are in, and whether they use the full range."""
-    is_rgb = picture.format.is_rgb
-    scaled = picture.reformat(
-        width=size[0],
-        height=size[1],
-        format="yuv444p16le",
-        interpolation=_SCALE,
-        threads=1,
-        dst_colorspace=Colorspace.ITU601 if is_rgb else None,
-        dst_color_range=ColorRange.MPEG if is_rgb else None,
-    )
-    planes = [np.frombuffer(memoryview(plane), np.uint16).reshape(size[1], -1)[:, : size[0]] for plane in scaled.planes]
-    if is_rgb:
-        return planes, "bt601", False
+def _colours(picture: av.VideoFrame) -> tuple[str, bool]:
+    """Matrix and full range of what `_Converter._scaled` gives of a picture."""
+    if picture.format.is_rgb:
+        return "bt601", False
     full = picture.color_range == ColorRange.JPEG or picture.format.name.startswith(("yuvj", "gray", "ya"))
-    return planes, _MATRIX_OF_TAG.get(int(picture.colorspace), "bt601"), full
-
-
-def _average_fours(plane: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """[H, W] → [H / 2, W / 2]."""
-    rows = plane[0::2].astype(np.float32) + plane[1::2]
-    return (rows[:, 0::2] + rows[:, 1::2]) * np.float32(0.25)
+    return _MATRIX_OF_TAG.get(int(picture.colorspace), "bt601"), full
 
 
 @lru_cache
-def _matrix_to_bt601(
-    source: str, source_full: bool, stored_full: bool
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """[3, 3] and [3] that take 16-bit Y, Cb, Cr of `source` to 8-bit ones of BT.601."""
+def _matrix_to_bt601(source: str, source_full: bool, unit: int) -> tuple[list[list[float]], list[float]]:
+    """[3, 3] and [3] that take Y, Cb, Cr of `source`, in steps of 1 / `unit`, to 8-bit full-range ones of BT.601."""
 
     def to_rgb(name: str) -> NDArray[np.float64]:
         red, blue = _LUMA_WEIGHTS[name]
@@ -349,32 +410,27 @@ def _matrix_to_bt601(
         of_cb, of_cr = 2 * (1 - blue), 2 * (1 - red)
         return np.array([[1, 0, of_cr], [1, -blue * of_cb / green, -red * of_cr / green], [1, of_cb, 0]])
 
-    def span(full: bool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:  # 8-bit steps per unit, and zero
-        return (np.array([255, 255, 255]), np.array([0, 128, 128])) if full else (
-            np.array([219, 224, 224]), np.array([16, 128, 128])
-        )  # fmt: skip
-
-    source_span, source_zero = span(source_full)
-    stored_span, stored_zero = span(stored_full)
-    matrix = np.linalg.solve(to_rgb("bt601"), to_rgb(source)) * stored_span[:, None] / source_span
+    source_span = np.array([255, 255, 255] if source_full else [219, 224, 224])  # 8-bit steps per unit
+    source_zero = np.array([0 if source_full else 16, 128, 128])
+    matrix = np.linalg.solve(to_rgb("bt601"), to_rgb(source)) * 255 / source_span
     matrix[np.abs(matrix) < 1e-9] = 0
-    offset = stored_zero - matrix @ source_zero
-    return (matrix / 256).astype(np.float32), offset.astype(np.float32)
+    offset = np.array([0, 128, 128]) - matrix @ source_zero
+    return (matrix / unit).tolist(), offset.tolist()
 
 
 def _read_back(data: bytes, source_frames: Sequence[int]) -> tuple[FrameTable, bytes]:
-    """The byte ranges and the parameter sets (avcC) from the finished file, where they are final."""
+    """The byte ranges and the parameter sets from the finished file, where they are final."""
     with av.open(io.BytesIO(data), "r", format="mp4") as container:
         stream = container.streams.video[0]
         extradata = bytes(stream.codec_context.extradata or b"")
-        packets = [(p.pos or 0, p.size, p.is_keyframe) for p in container.demux(stream) if p.size]
-    assert len(packets) == len(source_frames), (len(packets), len(source_frames))
+        entries = [(entry.pos, entry.size, entry.is_keyframe) for entry in stream.index_entries]
+    assert len(entries) == len(source_frames), (len(entries), len(source_frames))
     table = FrameTable(
-        offset=np.array([pos for pos, _, _ in packets], np.int64),
-        num_bytes=np.array([size for _, size, _ in packets], np.int32),
-        checksum=np.array([checksum(data[pos : pos + size]) for pos, size, _ in packets], np.uint64),
+        offset=np.array([pos for pos, _, _ in entries], np.int64),
+        num_bytes=np.array([size for _, size, _ in entries], np.int32),
+        checksum=np.array([checksum(data[pos : pos + size]) for pos, size, _ in entries], np.uint64),
         source_frame=np.asarray(source_frames, np.int32),
-        keyframe=np.array([key for _, _, key in packets], np.uint8),
+        keyframe=np.array([key for _, _, key in entries], np.uint8),
     )
     return table, extradata
 
@@ -384,8 +440,7 @@ def _check_bytes(num_bytes: int) -> None:
         raise VideoError("too_large", f"more than {MAX_STORED_BYTES} bytes to store; cut it into clips")
 
 
-def _interpolate(quality: int) -> tuple[float, float]:
+def _interpolate(quality: int) -> _Quantisers:
     check_quality(quality)
-    points = list(_QUALITY)
-    qscale, crf = zip(*_QUALITY.values(), strict=True)
-    return float(np.interp(quality, points, qscale)), float(np.interp(quality, points, crf))
+    columns = zip(*_QUALITY.values(), strict=True)
+    return _Quantisers(*(float(np.interp(quality, list(_QUALITY), column)) for column in columns))

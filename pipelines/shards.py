@@ -9,46 +9,57 @@ A set is a folder:
 
 The tars are ordinary WebDataset and open in stock tools. The index is what makes them cheap here: it holds the byte
 range and the checksum of every frame (or packet), so that the reader fetches just the frames it uses and no decoder
-sees a byte that changed since packing. An index is memory-mapped on first touch; opening a set costs one JSON file
-however many samples it has. Nothing is unpickled and no path in a manifest can leave the set's folder.
+sees a byte that changed since packing. An index is memory-mapped on first touch and each of its rows carries a checksum
+of its own, so opening a set costs one JSON file and taking a sample a few pages, however many samples there are; an
+index names the digest of its tar, so one that belongs to another set is refused. Nothing is unpickled and no path in a
+manifest can leave the set's folder.
 """
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import io
 import json
 import mmap
 import os
 import re
+import resource
+import struct
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from safetensors.numpy import save as save_arrays
 
-FORMAT_VERSION = 1
-PROFILES = ("jpeg", "h264", "copy")
+FORMAT_VERSION = 2
+PROFILES = ("jpeg", "h264", "hevc", "copy")
+MAX_MAPPED_INDEXES = 4096  # a mapped index costs 10 kB of Python objects, one descriptor and its touched pages
 MAX_SIDE = 16384  # pixels; a larger frame in an index is damage or an attack, not a video
 _BLOCK = 512  # tar's unit: header size and padding
-_SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.tar")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.tar")  # of the shards that are written here
+SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.tar")  # of those that may be read
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "F64": "<f8"}
 _SAMPLE_ARRAYS = {
     "video_offset": np.int64,  # first byte of the video member in the tar
     "video_bytes": np.int64,
     "checksum": np.uint64,  # of the whole video member
-    "label": np.int32,
     "width": np.int32,  # pixels of the stored video as a player shows it (after rotation)
     "height": np.int32,
     "source_frames": np.int32,  # frames that the source plays
     "fps": np.float64,  # mean frames per second of the source
+    "row_checksum": np.uint64,  # of everything that the index says of the sample, see `_row_checksum`
 }
+_LETTERS = {np.int64: "q", np.uint64: "Q", np.int32: "i", np.float64: "d"}
+_ROW = struct.Struct("<" + "".join(_LETTERS[d] for name, d in _SAMPLE_ARRAYS.items() if name != "row_checksum"))
+"""One value of each of `_SAMPLE_ARRAYS` but the last, as the arrays hold them."""
 _FRAME_ARRAYS = {
     "frame_offset": np.int64,  # first byte of the frame's packet, from the start of the video member
     "frame_bytes": np.int32,
@@ -57,6 +68,10 @@ _FRAME_ARRAYS = {
     "keyframe": np.uint8,
 }
 _BLOBS = ("key", "extradata")
+_RAGGED = {"frame": "frame_offset", "label": "label", "key": "key", "extradata": "extradata"}
+"""`first_NAME[i]..first_NAME[i + 1]` are the entries of sample i in these arrays."""
+
+T = TypeVar("T")
 
 
 def checksum(data: bytes | memoryview) -> int:
@@ -76,6 +91,13 @@ class FrameTable:
     checksum: NDArray[np.uint64]
     source_frame: NDArray[np.int32]
     keyframe: NDArray[np.uint8]
+
+    @classmethod
+    def of_copy(cls, num_frames: int) -> FrameTable:
+        """The table of a video in the `copy` profile."""
+        zeros = np.zeros(num_frames, np.int64)
+        sums = zeros.astype(np.uint64)
+        return cls(zeros, zeros.astype(np.int32), sums, np.arange(num_frames, dtype=np.int32), zeros.astype(np.uint8))
 
     def __len__(self) -> int:
         return len(self.source_frame)
@@ -106,7 +128,8 @@ class Sample:
     sample_id: int
     """Position in the split, 0-based: shards in order, samples in file order."""
     key: str
-    label: int
+    labels: tuple[int, ...]
+    """One, or in a multi-label set any number, ascending."""
     shard: Path
     video_offset: int
     video_bytes: int
@@ -117,6 +140,12 @@ class Sample:
     fps: float
     frames: FrameTable
     extradata: bytes
+
+    @property
+    def label(self) -> int:
+        """The one label of a sample of a single-label set."""
+        (label,) = self.labels
+        return label
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +172,7 @@ class ShardWriter:
         self._part = folder / f".{name}.part"
         self._file = self._part.open("wb")
         self._digest = hashlib.sha256()
-        self._samples: dict[str, list[Any]] = {n: [] for n in _SAMPLE_ARRAYS}
-        self._frames: dict[str, list[NDArray[Any]]] = {n: [] for n in _FRAME_ARRAYS}
-        self._blobs: dict[str, list[bytes]] = {n: [] for n in _BLOBS}
+        self._index = IndexBuilder()
 
     @property
     def num_bytes(self) -> int:
@@ -153,47 +180,30 @@ class ShardWriter:
         return self._file.tell()
 
     def __len__(self) -> int:
-        return len(self._samples["label"])
+        return len(self._index)
 
-    def add(self, key: str, label: int, video: EncodedVideo, facts: Mapping[str, Any]) -> None:
-        """Appends one sample as KEY.<suffix>, KEY.cls, KEY.json; `facts` and the video's own go to the json."""
+    def add(self, key: str, labels: Sequence[int], video: EncodedVideo, facts: Mapping[str, Any]) -> None:
+        """Appends one sample as KEY.<suffix>, KEY.cls, KEY.json; `facts` and the video's own go to the json.
+
+        KEY.cls holds one number, as WebDataset has it, so it is there only where `labels` is one.
+        """
         if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key):
             raise ValueError(f"sample key {key!r}: 1 to 80 letters, digits, '_' or '-' are allowed")
         video_offset = self._file.tell() + _BLOCK
         self._add_member(f"{key}.{video.suffix}", video.data)
-        self._add_member(f"{key}.cls", str(label).encode())
+        if len(labels) == 1:
+            self._add_member(f"{key}.cls", str(labels[0]).encode())
         text = json.dumps({**facts, **video.facts}, ensure_ascii=False, sort_keys=True)
         self._add_member(f"{key}.json", text.encode())
-        row = {
-            "video_offset": video_offset,
-            "video_bytes": len(video.data),
-            "checksum": checksum(video.data),
-            "label": label,
-            "width": video.width,
-            "height": video.height,
-            "source_frames": video.source_frames,
-            "fps": video.fps,
-        }
-        for name, value in row.items():
-            self._samples[name].append(value)
-        t = video.frames
-        columns: tuple[NDArray[Any], ...] = (t.offset, t.num_bytes, t.checksum, t.source_frame, t.keyframe)
-        for name, column in zip(_FRAME_ARRAYS, columns, strict=True):
-            self._frames[name].append(column)
-        self._blobs["key"].append(key.encode())
-        self._blobs["extradata"].append(video.extradata)
+        self._index.add(key, labels, video, video_offset, len(video.data), checksum(video.data))
 
     def close(self) -> ShardInfo:
         """Ends the tar, writes the index, makes both durable and gives them their names."""
         self._write(b"\0" * (2 * _BLOCK))
         num_bytes = self._file.tell()
         _sync_and_close(self._file)
-        index = self._index_bytes()
-        index_path = index_path_of(self._path)
         self._part.replace(self._path)
-        write_durably(index_path, index)
-        digests = self._digest.hexdigest(), hashlib.sha256(index).hexdigest()
-        return ShardInfo(self._path.name, len(self), num_bytes, *digests)
+        return self._index.write(self._path, num_bytes, self._digest.hexdigest())
 
     def discard(self) -> None:
         """Leaves nothing behind."""
@@ -212,17 +222,71 @@ class ShardWriter:
         self._file.write(data)
         self._digest.update(data)
 
-    def _index_bytes(self) -> bytes:
+
+class IndexBuilder:
+    """The index of one shard, sample by sample."""
+
+    def __init__(self) -> None:
+        self._samples: dict[str, list[Any]] = {n: [] for n in _SAMPLE_ARRAYS}
+        self._frames: dict[str, list[NDArray[Any]]] = {n: [] for n in _FRAME_ARRAYS}
+        self._blobs: dict[str, list[bytes]] = {n: [] for n in _BLOBS}
+        self._labels: list[tuple[int, ...]] = []
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def add(
+        self,
+        key: str,
+        labels: Sequence[int],
+        video: EncodedVideo,
+        video_offset: int,
+        video_bytes: int,
+        video_checksum: int,
+    ) -> None:
+        """Appends the row of a sample; `video.data` is not looked at."""
+        row = {
+            "video_offset": video_offset,
+            "video_bytes": video_bytes,
+            "checksum": video_checksum,
+            "width": video.width,
+            "height": video.height,
+            "source_frames": video.source_frames,
+            "fps": video.fps,
+        }
+        t = video.frames
+        columns: tuple[NDArray[Any], ...] = (t.offset, t.num_bytes, t.checksum, t.source_frame, t.keyframe)
+        frames = [np.asarray(c, d) for c, d in zip(columns, _FRAME_ARRAYS.values(), strict=True)]
+        row["row_checksum"] = _row_checksum(
+            [row[name] for name in _SAMPLE_ARRAYS if name in row], labels, key.encode(), video.extradata, frames
+        )
+        for name, value in row.items():
+            self._samples[name].append(value)
+        for name, column in zip(_FRAME_ARRAYS, frames, strict=True):
+            self._frames[name].append(column)
+        self._labels.append(tuple(labels))
+        self._blobs["key"].append(key.encode())
+        self._blobs["extradata"].append(video.extradata)
+
+    def write(self, shard: Path, shard_bytes: int, shard_sha256: str) -> ShardInfo:
+        """Writes the index beside its shard, durably; returns the shard's line for the manifest."""
+        index = self._to_bytes(shard_sha256)
+        write_durably(index_path_of(shard), index)
+        return ShardInfo(shard.name, len(self), shard_bytes, shard_sha256, hashlib.sha256(index).hexdigest())
+
+    def _to_bytes(self, shard_sha256: str) -> bytes:
         arrays: dict[str, NDArray[Any]] = {
             name: np.asarray(self._samples[name], dtype) for name, dtype in _SAMPLE_ARRAYS.items()
         }
         for name, dtype in _FRAME_ARRAYS.items():
-            arrays[name] = np.concatenate([np.asarray(a, dtype) for a in self._frames[name]] or [np.zeros(0, dtype)])
+            arrays[name] = np.concatenate(self._frames[name] or [np.zeros(0, dtype)])
+        arrays["label"] = np.asarray([label for labels in self._labels for label in labels], np.int32)
+        arrays["first_label"] = _starts([len(labels) for labels in self._labels])
         arrays["first_frame"] = _starts([len(a) for a in self._frames["frame_offset"]])
         for name in _BLOBS:
             arrays[f"first_{name}"] = _starts([len(blob) for blob in self._blobs[name]])
             arrays[name] = np.frombuffer(b"".join(self._blobs[name]), np.uint8)
-        return save_arrays(arrays, metadata={"format_version": str(FORMAT_VERSION)})
+        return save_arrays(arrays, metadata={"shard_sha256": shard_sha256})  # of two entries, the order is random
 
 
 class ShardSet:
@@ -235,9 +299,14 @@ class ShardSet:
         self.shards = tuple(ShardInfo(**shard) for shard in manifest["splits"][split]["shards"])
         self.classes: tuple[str, ...] = tuple(manifest["classes"])
         self.profile: str = manifest["profile"]["name"]
+        self.multi_label: bool = manifest["multi_label"]
+        self.verified: bool = manifest["verified"]
+        """Whether every frame was decoded when the set was made; if not, only worker processes decode it."""
         self.fingerprint: str = manifest["fingerprint"]
-        self._ends = np.cumsum([shard.samples for shard in self.shards], dtype=np.int64)
-        self._indexes: dict[int, _Index] = {}
+        self._ends = list(accumulate(shard.samples for shard in self.shards))
+        self._indexes: OrderedDict[int, _Index] = OrderedDict()
+        # Every mapped file holds a descriptor, and the limit is often 1024 for the whole process.
+        self._max_indexes = min(MAX_MAPPED_INDEXES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)
 
     @classmethod
     def open(cls, folder: str | Path, split: str) -> ShardSet:
@@ -256,104 +325,126 @@ class ShardSet:
         return shards
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, sample_id: int) -> Sample:
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
-        shard = int(np.searchsorted(self._ends, sample_id, side="right"))
+        shard = self.shard_of(sample_id)
         index = self._indexes.get(shard)
         if index is None:
-            index = self._indexes[shard] = _Index(self.folder, self.shards[shard], len(self.classes))
-        return index.sample(sample_id, sample_id - int(self._ends[shard] - self.shards[shard].samples))
+            if len(self._indexes) >= self._max_indexes:
+                self._indexes.popitem(last=False)
+            index = _Index(self.folder, self.shards[shard], len(self.classes), self.multi_label)
+            self._indexes[shard] = index
+        return index.sample(sample_id, sample_id - self._ends[shard] + self.shards[shard].samples)
 
-    @cached_property
-    def labels(self) -> NDArray[np.int32]:
-        """Label of every sample; touches every index, so for evaluation and reports, not for training."""
-        parts = []
-        for number, shard in enumerate(self.shards):
-            end = int(self._ends[number])
-            parts.append([self[i].label for i in range(end - shard.samples, end)])
-        return np.concatenate([np.asarray(part, np.int32) for part in parts])
+    def shard_of(self, sample_id: int) -> int:
+        """Position in `shards` of the shard that holds a sample."""
+        return bisect.bisect_right(self._ends, sample_id)
+
+    def follow(self, batches: Iterator[T]) -> Iterator[T]:
+        """The same batches of turns; a set whose files are elsewhere reads them ahead (`cache.py`)."""
+        return batches
+
+    def check_files(self) -> list[tuple[ShardInfo, str]]:
+        """The shards that are missing, of the wrong length or without their index, each with what is wrong.
+
+        Opens none of them. Their samples are bad samples to the loader.
+        """
+        with os.scandir(self.folder) as entries:
+            found = {entry.name: entry for entry in entries}
+        problems = []
+        for shard in self.shards:
+            tar, index = self.folder / shard.name, index_path_of(self.folder / shard.name)
+            missing = [path for path in (tar, index) if path.name not in found]
+            if missing:
+                problems.append((shard, f"{missing[0]} is missing: the manifest lists it; pack again or copy it here"))
+            elif (num_bytes := found[tar.name].stat().st_size) != shard.bytes:
+                text = f"{tar} has {num_bytes} bytes, the manifest says {shard.bytes}; copy it again"
+                problems.append((shard, text))
+        return problems
 
 
 class _Index:
     """The memory-mapped index of one shard."""
 
-    def __init__(self, folder: Path, info: ShardInfo, num_classes: int) -> None:
+    def __init__(self, folder: Path, info: ShardInfo, num_classes: int, multi_label: bool) -> None:
         self._shard = folder / info.name
+        self._absolute = self._shard.absolute()  # for decode workers, which have a working directory of their own
         self._path = index_path_of(self._shard)
-        self._num_classes = num_classes
-        if not self._shard.is_file():
-            raise ValueError(f"{self._shard} is listed in the manifest but missing; pack again or copy it here")
-        shard_bytes = self._shard.stat().st_size
-        if shard_bytes != info.bytes:
-            raise ValueError(f"{self._shard} has {shard_bytes} bytes, the manifest says {info.bytes}; copy it again")
-        if not self._path.is_file():
-            raise ValueError(f"{self._path}, the index of {self._shard.name}, is missing; pack again or copy it here")
-        self._arrays = _map_arrays(self._path)
+        self._num_classes, self._multi_label = num_classes, multi_label
+        try:
+            self._arrays, metadata = _map_arrays(self._path)
+        except FileNotFoundError as error:
+            raise ValueError(
+                f"{error.filename} is missing: the manifest lists it; pack again or copy it here"
+            ) from error
+        self._shard_bytes = info.bytes
         self._check_shapes(info)
+        if metadata.get("shard_sha256") != info.sha256:
+            raise ValueError(f"{self._path} is the index of another {self._shard.name}; pack or index again")
+        # One number of a memoryview costs a third of one of an array.
+        self._columns = {name: self._arrays[name].data for name in _SAMPLE_ARRAYS}
+        self._starts = {name: self._arrays[f"first_{name}"].data for name in _RAGGED}
 
     def sample(self, sample_id: int, row: int) -> Sample:
         a = self._arrays
-        frames = slice(int(a["first_frame"][row]), int(a["first_frame"][row + 1]))
-        table = FrameTable(*(a[name][frames] for name in _FRAME_ARRAYS))
+        values = {name: column[row] for name, column in self._columns.items()}
+        row_checksum = values.pop("row_checksum")
+        key = a["key"][self._entries("key", row)].tobytes()
+        columns = [a[name][self._entries("frame", row)] for name in _FRAME_ARRAYS]
         sample = Sample(
             sample_id=sample_id,
-            key=self._blob("key", row).decode("ascii", "replace"),
-            label=int(a["label"][row]),
-            shard=self._shard,
-            video_offset=int(a["video_offset"][row]),
-            video_bytes=int(a["video_bytes"][row]),
-            checksum=int(a["checksum"][row]),
-            width=int(a["width"][row]),
-            height=int(a["height"][row]),
-            source_frames=int(a["source_frames"][row]),
-            fps=float(a["fps"][row]),
-            frames=table,
-            extradata=self._blob("extradata", row),
+            key=key.decode("ascii", "replace"),
+            labels=tuple(a["label"][self._entries("label", row)].tolist()),
+            shard=self._absolute,
+            frames=FrameTable(*columns),
+            extradata=a["extradata"][self._entries("extradata", row)].tobytes(),
+            **values,
         )
+        if _row_checksum(tuple(values.values()), sample.labels, key, sample.extradata, columns) != row_checksum:
+            raise ValueError(f"{self._path}: the entry of sample {sample.key!r} is damaged; pack or index again")
         self._check_sample(sample)
         return sample
 
-    def _blob(self, name: str, row: int) -> bytes:
-        starts = self._arrays[f"first_{name}"]
-        return self._arrays[name][int(starts[row]) : int(starts[row + 1])].tobytes()
+    def _entries(self, name: str, row: int) -> slice:
+        """Where the entries of a row lie in the arrays that hold any number of them a row."""
+        starts = self._starts[name]
+        return slice(starts[row], starts[row + 1])
 
     def _check_shapes(self, info: ShardInfo) -> None:
         a = self._arrays
-        missing = [n for n in (*_SAMPLE_ARRAYS, *_FRAME_ARRAYS, *_BLOBS) if n not in a]
+        dtypes = _SAMPLE_ARRAYS | _FRAME_ARRAYS | {"label": np.int32} | dict.fromkeys(_BLOBS, np.uint8)
+        dtypes |= {f"first_{name}": np.int64 for name in _RAGGED}
+        missing = [name for name in dtypes if name not in a]
         if missing:
             raise ValueError(f"{self._path} lacks {', '.join(missing)}: not an index of this project")
-        starts = {"first_frame": len(a["frame_offset"])} | {f"first_{b}": len(a[b]) for b in _BLOBS}
-        good = all(len(a[n]) == info.samples for n in _SAMPLE_ARRAYS)
-        good &= all(len(a[n]) == len(a["frame_offset"]) for n in _FRAME_ARRAYS)
-        for name, total in starts.items():
-            first = a.get(name, np.zeros(0, np.int64))
-            good &= len(first) == info.samples + 1 and bool(np.all(np.diff(first) >= 0))
-            good &= len(first) > 0 and int(first[0]) == 0 and int(first[-1]) == total
+        good = all(a[name].ndim == 1 and a[name].dtype == dtype for name, dtype in dtypes.items())
+        good = good and all(len(a[n]) == info.samples for n in _SAMPLE_ARRAYS)
+        good = good and all(len(a[n]) == len(a["frame_offset"]) for n in _FRAME_ARRAYS)
+        for name, of in _RAGGED.items():  # each row's own borders are checked when it is read
+            first = a[f"first_{name}"]
+            good = good and len(first) == info.samples + 1 and first[0] == 0 and first[-1] == len(a[of])
         if not good:
             raise ValueError(f"{self._path} does not fit its shard ({info.samples} samples): pack or index it again")
-        wrong = np.flatnonzero((a["label"] < 0) | (a["label"] >= self._num_classes))
-        if len(wrong):
-            key, label = self._blob("key", int(wrong[0])).decode("ascii", "replace"), int(a["label"][wrong[0]])
-            raise ValueError(f"{self._path}: sample {key!r} has label {label}, allowed are 0..{self._num_classes - 1}")
 
     def _check_sample(self, s: Sample) -> None:
         """An index may come from a stranger: nothing in it may point outside its own video."""
-        ends = s.frames.offset + s.frames.num_bytes
+        offset, num_bytes, source_frame = s.frames.offset, s.frames.num_bytes, s.frames.source_frame
         fits = s.video_offset >= 0 and s.video_bytes >= 0 and len(s.frames) > 0
-        fits &= s.video_offset + s.video_bytes <= self._shard_bytes
-        fits &= bool((s.frames.offset >= 0).all() and (s.frames.num_bytes >= 0).all())
-        fits &= len(ends) > 0 and int(ends.max()) <= s.video_bytes
-        fits &= 0 < s.width <= MAX_SIDE and 0 < s.height <= MAX_SIDE and s.source_frames > 0
-        fits &= bool((np.diff(s.frames.source_frame) >= 0).all())
-        if not fits:
+        fits = fits and s.video_offset + s.video_bytes <= self._shard_bytes
+        # Each offset first by itself: the sum of a huge one and a size would overflow.
+        fits = fits and offset.min() >= 0 and offset.max() <= s.video_bytes
+        fits = fits and num_bytes.min() >= 0 and (offset + num_bytes).max() <= s.video_bytes
+        fits = fits and 0 < s.width <= MAX_SIDE and 0 < s.height <= MAX_SIDE and s.source_frames > 0
+        if not fits or source_frame[0] < 0 or (source_frame[1:] < source_frame[:-1]).any():
             raise ValueError(f"{self._path}: the entry of sample {s.key!r} points outside its video; pack again")
-
-    @cached_property
-    def _shard_bytes(self) -> int:
-        return self._shard.stat().st_size
+        if not self._multi_label and len(s.labels) != 1:
+            raise ValueError(f"{self._path}: sample {s.key!r} has {len(s.labels)} labels, allowed is one; pack again")
+        if not all(0 <= label < self._num_classes for label in s.labels):
+            allowed = f"0..{self._num_classes - 1}"
+            raise ValueError(f"{self._path}: sample {s.key!r} has labels {list(s.labels)}, allowed are {allowed}")
 
 
 def index_path_of(shard: Path) -> Path:
@@ -393,9 +484,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         found = manifest["fingerprint"]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); pack again") from error
-    bad = [name for name in names if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name)]
+    bad = [name for name in names if not isinstance(name, str) or not SAFE_NAME.fullmatch(name)]
     if bad:
-        raise ValueError(f"{path} names {bad[0]!r}; a shard is name-000000.tar in the same folder")
+        raise ValueError(
+            f"{path} names {bad[0]!r}; a shard is a file NAME.tar in the same folder, of letters, digits and ._-"
+        )
     if expected != found:
         raise ValueError(f"{path} was edited: its fingerprint does not match its contents; pack again")
     return manifest
@@ -422,27 +515,42 @@ def _fingerprint(manifest: Mapping[str, Any]) -> str:
         for split, entry in sorted(manifest["splits"].items())
         for shard in entry["shards"]
     ]
-    text = json.dumps([manifest["classes"], manifest["profile"], shards], sort_keys=True, ensure_ascii=False)
+    facts = [manifest[name] for name in ("classes", "multi_label", "verified", "profile")]
+    text = json.dumps([*facts, shards], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _map_arrays(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file as views of the mapped file: no byte is read before it is used."""
+def _row_checksum(
+    row: Sequence[Any], labels: Sequence[int], key: bytes, extradata: bytes, frames: Sequence[NDArray[Any]]
+) -> int:
+    """Of everything that an index says of one sample; `row` are the values of `_SAMPLE_ARRAYS` without the last, its
+    `row_checksum`; `frames` the columns of the frame table."""
+    counts = (*labels, len(labels), len(key), len(extradata))
+    digest = xxhash.xxh3_64(_ROW.pack(*row))
+    digest.update(struct.pack(f"<{len(counts)}q", *counts) + key + extradata)
+    for column in frames:
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.intdigest()
+
+
+def _map_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """The arrays of a safetensors file as views of the mapped file, of which no byte is read before it is used, and its
+    metadata."""
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         header_bytes = int.from_bytes(mapped[:8], "little")
         header = json.loads(mapped[8 : 8 + header_bytes])
-        header.pop("__metadata__", None)
+        metadata = dict(header.pop("__metadata__", {}))
         arrays = {}
         for name, entry in header.items():
             start, end = entry["data_offsets"]
             dtype = np.dtype(_DTYPES[entry["dtype"]])
             flat = np.frombuffer(mapped, dtype, (end - start) // dtype.itemsize, 8 + header_bytes + start)
-            arrays[name] = flat.reshape(entry["shape"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            arrays[name] = (flat if flat.flags.aligned else flat.copy()).reshape(entry["shape"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); pack or index again") from error
-    return arrays
+    return arrays, metadata
 
 
 def _starts(lengths: Sequence[int]) -> NDArray[np.int64]:

@@ -14,23 +14,36 @@ from __future__ import annotations
 import io
 import math
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import av
 import numpy as np
 from av.stream import Disposition
-from av.video.reformatter import Interpolation
+from av.video.reformatter import ColorRange, Interpolation
 from numpy.typing import NDArray
 
+from pipelines.containers import cut_short, last_box_is_cut, mp4_is_encrypted
 from pipelines.shards import MAX_SIDE
 
 MAX_PIXELS = 2**26  # twice 8K; one frame in 10-bit 4:4:4 is then 400 MB
+MAX_FRAMES = 2**20  # 10 hours; a few kB of a hostile file can stand for millions of empty frames
+MAX_SECONDS = 43_200  # 12 hours; mp4 cannot store more than 13 between two frames at our 90,000 ticks a second
 _FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg"  # demuxers that read one file and nothing else
+_DECODED_PIXELS = 2 * MAX_PIXELS  # what decoders may take memory for: a frame may be larger than the header says
+_OPEN_OPTIONS = {
+    "format_whitelist": _FORMATS,
+    "protocol_whitelist": "",  # no container may open anything but its own bytes
+    "max_streams": "200",  # each costs a decoder context; a film with all its fonts and subtitles has some 80
+    "max_pixels": str(_DECODED_PIXELS),  # while the file is probed
+}
+_LAST_BOX_IS_CUT = "its last box promises more bytes than there are"
+_DECODER_MARGIN = 128  # pixels a side that FFmpeg's decoders add to a frame for alignment
+_BT601 = (2, 5, 6)  # AVColorSpace: not said, BT.470BG, SMPTE 170M
 _FALLBACK_FPS = 25.0  # for a single frame without a rate
 _EVERY_PACKET_A_FRAME = ("h264", "hevc")  # in mp4 and mkv; VP8 hides packets, MPEG-4 in AVI packs two frames in one
 _STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
@@ -38,6 +51,8 @@ _STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.s
 _TO_RGB = (
     Interpolation.BILINEAR | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT | Interpolation.FULL_CHR_H_INP
 )
+
+Bytes = bytes | memoryview
 
 
 class VideoError(ValueError):
@@ -109,6 +124,8 @@ class Reader:
         self.seconds = 0.0
         """Until the last frame so far ends."""
         self.num_frames = 0
+        # AVI has a time for every packet but not for the frame in it: shown in another order, frames would jump about.
+        self._timed_in_file_order = container.format.name == "avi" and self.codec in _EVERY_PACKET_A_FRAME
 
     @property
     def codec(self) -> str:
@@ -138,30 +155,96 @@ class Reader:
             if self.num_frames == 0:
                 first_pts = picture.pts
                 self.orientation = _orientation(picture)
-            last = clock.seconds_of(picture)
+            time = packet_pts[self.num_frames] * self.tick_seconds if self._timed_in_file_order else picture.time
+            last = clock.tick(time)
             self.num_frames += 1
-            self.seconds = last + (last / (self.num_frames - 1) if last > 0 else 1 / self._nominal_fps)
+            self._end_at(last)
             yield ShownFrame(self.num_frames - 1, last, picture)
         self._check_end(packet_pts, first_pts)
+
+    def decode_all(self) -> tuple[int, int]:
+        """Decodes every frame and keeps none; returns the upright width and height of the first.
+
+        Leaves out the loop filter, which smooths pictures and finds no errors: a sixth of the time.
+        """
+        context = self._stream.codec_context
+        context.options = {**context.options, "skip_loop_filter": "all"}
+        size = (0, 0)
+        for frame in self.frames():
+            if frame.number == 0:
+                size = self.orientation.upright_size(frame.picture.width, frame.picture.height)
+        return size
+
+    def skim(self) -> tuple[int, int]:
+        """Decodes the first frame and counts the others by their packets, which proves nothing of what they hold.
+
+        Returns the upright width and height. Raises VideoError as `frames` does, for less.
+        """
+        _check_extent(self._stream, self._num_bytes)
+        context = self._stream.codec_context
+        packet_pts: list[int] = []
+        pictures: list[av.VideoFrame] = []
+        num_skipped = 0
+        with self._explained():
+            for packet in self._packets(packet_pts):
+                num_skipped += not packet_pts
+                if packet.size and not pictures:
+                    pictures = packet.decode()
+                    if packet_pts and not pictures:
+                        pictures = context.decode(None)  # a decoder that reorders would wait for some 20 more frames
+                        context.flush_buffers()
+        if not pictures:
+            self._check_end(packet_pts, None)  # which says why
+        picture = pictures[0]
+        _check_size(picture.width, picture.height)
+        self.orientation = _orientation(picture)
+        # Players skip frames that refer to some before the first keyframe; an edit list begins anywhere.
+        first_pts = min(packet_pts) if num_skipped else packet_pts[0]
+        shown = [pts for pts in packet_pts if pts >= first_pts]
+        self.num_frames = len(shown)
+        self._end_at((max(shown) - first_pts) * self.tick_seconds)
+        return self.orientation.upright_size(picture.width, picture.height)
+
+    def _end_at(self, last: float) -> None:
+        """Takes note of when the last frame so far appears, in seconds."""
+        self.seconds = last + (last / (self.num_frames - 1) if last > 0 else 1 / self._nominal_fps)
+        if self.num_frames > MAX_FRAMES or last > MAX_SECONDS:
+            text = f"{self.num_frames} frames or more in {last:.0f} s; allowed are {MAX_FRAMES} in {MAX_SECONDS} s"
+            raise VideoError("too_large", f"{text}: cut it into clips")
 
     @property
     def _nominal_fps(self) -> float:
         return float(self._stream.average_rate or _FALLBACK_FPS)
 
-    def _pictures(self, packet_pts: list[int]) -> Iterator[av.VideoFrame]:
-        """Demuxes and decodes; notes the time stamp of every packet that should be shown."""
-        try:
-            for packet in self._container.demux(self._stream):
-                if packet.has_sidedata("encryption_info"):
-                    raise VideoError("encrypted", "its packets are encrypted")
-                if packet.size and not packet.is_discard and packet.pts is not None:
-                    packet_pts.append(packet.pts)
+    def _pictures(self, packet_pts: list[int]) -> Generator[av.VideoFrame]:
+        """Demuxes and decodes."""
+        with self._explained():
+            for packet in self._packets(packet_pts):
                 for picture in packet.decode():
                     if picture.is_corrupt:
                         raise VideoError("decode_error", f"the decoder calls frame {self.num_frames} damaged")
                     yield picture
+
+    def _packets(self, packet_pts: list[int]) -> Iterator[Any]:
+        """Demuxes; notes the time stamp of every packet that should be shown."""
+        with closing(self._container.demux(self._stream)) as packets:  # PyAV leaks a suspended one that is dropped
+            for packet in packets:
+                if packet.is_keyframe and packet.has_sidedata("encryption_info"):
+                    raise VideoError("encrypted", "its packets are encrypted")
+                pts = packet.dts if self._timed_in_file_order else packet.pts
+                if packet.size and not packet.is_discard and pts is not None:
+                    packet_pts.append(pts)
+                yield packet
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """PyAV's errors as VideoError."""
+        try:
+            yield
         except av.error.FFmpegError as error:
             text = f"after {self.num_frames} frames: {error.strerror or error}"
+            if not self._stream.width:
+                text += f"; its frame size is unknown or above {_DECODED_PIXELS} pixels"
             raise VideoError("decode_error", text) from error
         except IndexError as error:  # from PyAV's demuxer
             text = f"after {self.num_frames} frames: a stream begins that its header does not list"
@@ -187,14 +270,15 @@ class _Clock:
         self._origin: float | None = None
         self._last = 0.0
 
-    def seconds_of(self, picture: av.VideoFrame) -> float:
+    def tick(self, time: float | None) -> float:
+        """When the next frame appears, which says that it does at `time` or does not say."""
         if self._origin is None:
-            self._origin = picture.time or 0.0
+            self._origin = time or 0.0
             return 0.0
-        seconds = self._last + self._step_seconds if picture.pts is None else picture.time - self._origin
-        if seconds < self._last - 1.5 * self._step_seconds:  # another recording appended, with a clock of its own
-            seconds = self._last + self._step_seconds
-            self._origin = picture.time - seconds
+        seconds = self._last + self._step_seconds if time is None else time - self._origin
+        if time is not None and seconds < self._last - 1.5 * self._step_seconds:
+            seconds = self._last + self._step_seconds  # another recording appended, with a clock of its own
+            self._origin = time - seconds
         self._last = max(seconds, self._last + 0.0001)
         return self._last
 
@@ -207,75 +291,141 @@ def open_video(source: Path | bytes) -> Iterator[Reader]:
         file.seek(0)
         if num_bytes == 0:
             raise VideoError("unreadable", "the file is empty")
-        _check_declared_size(file.read(64), num_bytes)
-        if _mp4_is_encrypted(file, num_bytes):
+        cut = cut_short(file, num_bytes)
+        if cut is not None:
+            raise VideoError("truncated", cut)
+        if mp4_is_encrypted(file, num_bytes):
             raise VideoError("encrypted", "its video track is encrypted")
         file.seek(0)
         try:
-            container = av.open(
-                file,
-                "r",
-                options={"format_whitelist": _FORMATS, "protocol_whitelist": ""},
-                metadata_errors="replace",
-            )
+            container = av.open(file, "r", options=_OPEN_OPTIONS, metadata_errors="replace")
         except av.error.FFmpegError as error:
+            if last_box_is_cut(file, num_bytes):
+                raise VideoError("truncated", _LAST_BOX_IS_CUT) from error
             text = f"not a whole file of a known video container: {error.strerror or error}"
             raise VideoError("unreadable", text) from error
         with container:
-            yield Reader(container, _pick_stream(container), num_bytes)
+            try:
+                yield Reader(container, _pick_stream(container), num_bytes)
+            except VideoError as error:
+                if error.reason in ("no_frames", "no_video_stream") and last_box_is_cut(file, num_bytes):
+                    raise VideoError("truncated", _LAST_BOX_IS_CUT) from error
+                raise
+
+
+class Yuv420(NamedTuple):
+    """A frame as the h264 and hevc profiles store it: 8 bits, full range, BT.601, chroma centred between its four
+    luma pixels. Views of the decoder's memory."""
+
+    y: NDArray[np.uint8]
+    """[H, W]."""
+    cb: NDArray[np.uint8]
+    """[⌈H / 2⌉, ⌈W / 2⌉], as is `cr`."""
+    cr: NDArray[np.uint8]
 
 
 def decode_file(data: bytes, wanted: Sequence[int]) -> NDArray[np.uint8]:
+    """`file_frames` as one array, uint8 [n, H, W, 3]."""
+    return np.stack(list(file_frames(data, wanted)))
+
+
+def decode_packets(packets: Sequence[Bytes], extradata: bytes, wanted: Sequence[int]) -> NDArray[np.uint8]:
+    """`packet_frames` of H.264 as one array, uint8 [n, H, W, 3], RGB: the same bits as `decode_file` gives."""
+    return np.stack([to_rgb(picture) for picture in packet_frames(packets, extradata, wanted)])
+
+
+def file_frames(
+    data: bytes, wanted: Sequence[int], *, on_frame: Callable[[], None] | None = None
+) -> Iterator[NDArray[np.uint8]]:
     """Decodes a whole video file up to the last wanted frame.
 
-    `wanted` are frame numbers in display order, sorted, each once. Returns uint8 [n, H, W, 3], RGB, upright; frames
-    that change size in mid-stream are scaled to the first one's. Raises VideoError, also for frames past the end.
+    `wanted` are frame numbers in display order, sorted, each once; `on_frame` is called after every frame decoded.
+    Yields uint8 [H, W, 3], RGB, upright, perhaps strided; frames that change size in mid-stream are scaled to the
+    first one's. Raises VideoError, also for frames past the end.
     """
     _check_wanted(wanted)
-    images: list[NDArray[np.uint8]] = []
+    found = 0
     with open_video(data) as reader:
         size = None
         for frame in reader.frames():
+            if on_frame is not None:
+                on_frame()
             size = size or (frame.picture.width, frame.picture.height)
-            if frame.number == wanted[len(images)]:
-                images.append(_to_rgb(frame.picture, size, reader.orientation))
-                if len(images) == len(wanted):
-                    return np.stack(images)
-        raise VideoError("truncated", f"frame {wanted[len(images)]} is wanted, the video has {reader.num_frames}")
+            if frame.number == wanted[found]:
+                yield reader.orientation.apply(to_rgb(frame.picture, size))
+                found += 1
+                if found == len(wanted):
+                    return
+        raise VideoError("truncated", f"frame {wanted[found]} is wanted, the video has {reader.num_frames}")
 
 
-def decode_packets(packets: Sequence[bytes], extradata: bytes, wanted: Sequence[int]) -> NDArray[np.uint8]:
-    """Decodes H.264 packets of the h264 profile, the first of them a keyframe.
+def packet_frames(
+    packets: Sequence[Bytes],
+    extradata: bytes,
+    wanted: Sequence[int],
+    *,
+    codec: str = "h264",
+    size: tuple[int, int] | None = None,
+    on_frame: Callable[[], None] | None = None,
+) -> Iterator[av.VideoFrame]:
+    """Decodes packets of the h264 or hevc profile, in display order, the first of each group a keyframe.
 
-    `wanted` are positions among `packets`, sorted, each once. Returns uint8 [n, H, W, 3], RGB: the same bits as
-    `decode_file` on the stored file. Raises VideoError.
+    `wanted` are positions among `packets`, sorted, each once. `size` is the width and height that the frames should
+    have: one that is much larger is refused before memory is taken for it. `on_frame` is called after every frame
+    decoded. What is yielded holds the bits that decoding the whole file gives. Raises VideoError.
     """
     _check_wanted(wanted)
     if wanted[-1] >= len(packets):
         raise ValueError(f"frame {wanted[-1]} is wanted of {len(packets)} packets")
-    decoder = av.CodecContext.create("h264", "r")
+    decoder = cast(av.VideoCodecContext, av.CodecContext.create(codec, "r"))
     decoder.thread_count = 1
+    limit = (size[0] + _DECODER_MARGIN) * (size[1] + _DECODER_MARGIN) if size else MAX_PIXELS
+    decoder.options = {"max_pixels": str(limit), "err_detect": "explode"}  # report damage instead of hiding it
     decoder.extradata = extradata
-    images: list[NDArray[np.uint8]] = []
-    number = 0
+    number = found = 0
     try:
-        for packet in (*(av.Packet(data) for data in packets[: wanted[-1] + 1]), None):
+        for position in range(wanted[-1] + 2):
+            packet = None  # after the last one: what the decoder still holds
+            if position <= wanted[-1]:
+                packet = av.Packet(cast(bytes, packets[position]))  # its type stub knows no other buffers
+                packet.pts = position
             for picture in decoder.decode(packet):
-                if picture.is_corrupt:
+                if picture.is_corrupt or picture.pts != number:
                     raise VideoError("decode_error", f"the decoder calls frame {number} damaged")
-                if len(images) < len(wanted) and number == wanted[len(images)]:
-                    images.append(_to_rgb(picture, (picture.width, picture.height), Orientation()))
+                if on_frame is not None:
+                    on_frame()
                 number += 1
+                if picture.pts == wanted[found]:
+                    yield picture
+                    found += 1
+                    if found == len(wanted):
+                        return
     except av.error.FFmpegError as error:
         raise VideoError("decode_error", f"after {number} frames: {error.strerror or error}") from error
-    if len(images) < len(wanted):
-        raise VideoError("decode_error", f"{number} frames came out of {wanted[-1] + 1} packets")
-    return np.stack(images)
+    raise VideoError("decode_error", f"{number} frames came out of {wanted[-1] + 1} packets")
 
 
-def _to_rgb(picture: av.VideoFrame, size: tuple[int, int], orientation: Orientation) -> NDArray[np.uint8]:
-    rgb = picture.reformat(width=size[0], height=size[1], format="rgb24", interpolation=_TO_RGB, threads=1)
-    return np.ascontiguousarray(orientation.apply(rgb.to_ndarray()))  # DALI takes no strided views
+def stored_planes(picture: av.VideoFrame) -> Yuv420 | None:
+    """The planes of a decoded picture, without a copy; None where it is not as our profiles store it."""
+    name = picture.format.name
+    full_range = name == "yuvj420p" or (name == "yuv420p" and picture.color_range == ColorRange.JPEG)
+    even = picture.width % 2 == picture.height % 2 == 0
+    if not (full_range and even and picture.colorspace in _BT601):
+        return None
+    return Yuv420(*map(plane_view, picture.planes))
+
+
+def to_rgb(picture: av.VideoFrame, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+    """Any picture as uint8 [H, W, 3], RGB, not turned; scaled to `size` (width, height) if it has another one."""
+    width, height = size or (picture.width, picture.height)
+    rgb = picture.reformat(width=width, height=height, format="rgb24", interpolation=_TO_RGB, threads=1)
+    return cast(NDArray[np.uint8], rgb.to_ndarray())
+
+
+def plane_view(plane: Any, dtype: type[np.generic] = np.uint8) -> NDArray[Any]:
+    """One plane of a picture as [H, W], without a copy."""
+    values = np.frombuffer(plane, dtype)
+    return values.reshape(plane.height, -1)[:, : plane.width]
 
 
 def _pick_stream(container: Any) -> Any:
@@ -292,6 +442,7 @@ def _pick_stream(container: Any) -> Any:
     stream = max(streams, key=lambda s: (bool(s.disposition & Disposition.default), s.width * s.height))
     _check_size(stream.width, stream.height)
     stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"max_pixels": str(_DECODED_PIXELS)}
     return stream
 
 
@@ -318,60 +469,12 @@ def _check_size(width: int, height: int) -> None:
 def _check_extent(stream: Any, num_bytes: int) -> None:
     """Every entry of the container's index must lie inside the file."""
     entries = stream.index_entries
+    if len(entries) > MAX_FRAMES:  # 100 bytes of an mp4 can state any number; looking at all would take minutes
+        raise VideoError("too_large", f"its index lists {len(entries)} frames; allowed are {MAX_FRAMES}")
     outside = sum(entry.pos + entry.size > num_bytes for entry in entries)
     if outside:
         text = f"{outside} of the {len(entries)} frames in its index lie beyond its end at byte {num_bytes}"
         raise VideoError("truncated", text)
-
-
-def _check_declared_size(head: bytes, num_bytes: int) -> None:
-    """AVI and Matroska say in their first bytes how long they are; an open-ended size (live recording) passes."""
-    declared = 0
-    if head[:4] == b"RIFF" and len(head) >= 8:
-        (size,) = struct.unpack_from("<I", head, 4)
-        declared = 8 + size if size < 0xFFFFFFF0 else 0
-    elif head[:4] == b"\x1aE\xdf\xa3":
-        header_bytes, at = _matroska_size(head, 4)
-        at += header_bytes if header_bytes is not None else len(head)
-        if head[at : at + 4] == b"\x18S\x80g":
-            size, start = _matroska_size(head, at + 4)
-            declared = start + size if size is not None else 0
-    if declared > num_bytes:
-        raise VideoError("truncated", f"its header promises {declared} bytes, it has {num_bytes}")
-
-
-def _matroska_size(head: bytes, at: int) -> tuple[int | None, int]:
-    """Reads a size field: its value (None: unknown) and the position after it."""
-    length = 9 - head[at].bit_length() if at < len(head) else 0
-    if not 1 <= length <= 8 or at + length > len(head):
-        return None, at
-    value = int.from_bytes(head[at : at + length], "big") & ((1 << (7 * length)) - 1)
-    return (None if value == (1 << (7 * length)) - 1 else value), at + length
-
-
-def _mp4_is_encrypted(file: Any, num_bytes: int) -> bool:
-    """Whether a track's sample entry is `encv`; some decoders turn such data into noise without an error."""
-    containers = {b"moov", b"trak", b"mdia", b"minf", b"stbl"}
-    spans = [(0, num_bytes)]
-    for _ in range(10_000):  # boxes; a hostile file may hold more, a video does not
-        if not spans:
-            break
-        start, end = spans.pop()
-        if end - start < 8:
-            continue
-        file.seek(start)
-        head = file.read(40)
-        size, kind = int.from_bytes(head[:4], "big"), head[4:8]
-        header = 16 if size == 1 else 8
-        size = int.from_bytes(head[8:16], "big") if size == 1 else size or end - start
-        if size < header:
-            break
-        spans.append((start + size, end))
-        if kind in containers:
-            spans.append((start + header, min(start + size, end)))
-        elif kind == b"stsd" and head[header + 12 : header + 16] == b"encv":
-            return True
-    return False
 
 
 def _check_wanted(wanted: Sequence[int]) -> None:

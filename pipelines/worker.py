@@ -1,64 +1,157 @@
-"""A decode worker: a process that turns planned clips into pixels in shared memory, until its pipe closes.
+"""A decode worker: a process that turns requests into pixels in shared memory, until its socket closes.
 
-Started by the loader as `python -m pipelines.worker PIPE MEMORY` with two inherited descriptors, so it shares nothing
-with the trainer but a pipe of plans and a block of memory: if a decoder crashes or hangs on a stranger's bytes, only
-this process does. It imports neither torch nor DeepSpeed (start 1 s, 200 MB).
+Started by the pool (`pool.py`) as `python -m pipelines.worker` with two inherited descriptors, so it shares nothing
+with the trainer but a socket of requests and a block of memory: if a decoder crashes or hangs on a stranger's bytes,
+only this process does. It opens no manifest and no index and imports neither torch nor DeepSpeed (start 0.6 s of CPU
+time, 130 MB). It dies with the trainer, however that ends.
 """
 
 from __future__ import annotations
 
-import contextlib
+import ctypes
 import mmap
+import os
 import signal
 import sys
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from dataclasses import dataclass, fields
+from multiprocessing.reduction import ForkingPickler
+from operator import attrgetter
+from socket import MSG_DONTWAIT, socket
+from typing import Any
 
 import numpy as np
 
-from pipelines.decode import ClipDecoder
-from pipelines.plan import ClipPlan
-from pipelines.shards import ShardSet
+from pipelines.read import ClipRequest
+
+Shape = tuple[int, int, int, int, int, int]
+"""Slots, clips, frames, height, width, channels of the shared memory."""
+
+CELL_BYTES = 64  # behind the clips, one cell a worker: its count of steps; a cache line, so that none disturbs another
+_MAX_REASON = 500  # characters
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+_values_of = attrgetter(*(field.name for field in fields(ClipRequest)))
 
 
-@dataclass(frozen=True)
-class WorkerSetup:
-    """First message to a worker."""
-
-    folder: str
-    split: str
-    shape: tuple[int, int, int, int, int, int]
-    """Slots, clips, frames, height, width, channels of the shared memory."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Task:
-    """Clips to decode: plans[i] into row rows[i] of a slot. The answer is a list of (i, reason) that failed."""
+    """Clips to decode: requests[i] into row first_row + i of a slot.
+
+    The answer is a list of (i, reason) of those that failed.
+    """
 
     slot: int
-    rows: tuple[int, ...]
-    plans: tuple[ClipPlan, ...]
+    first_row: int
+    requests: tuple[ClipRequest, ...]
+
+    def pack(self) -> tuple[Any, ...]:
+        """Plain values, which travel at a third of the cost of objects."""
+        return self.slot, self.first_row, [_values_of(request) for request in self.requests]
+
+    @classmethod
+    def unpack(cls, packed: tuple[Any, ...]) -> Task:
+        """The opposite of `pack`."""
+        slot, first_row, requests = packed
+        return cls(slot, first_row, tuple(ClipRequest(*values) for values in requests))
 
 
-def serve(connection: Connection, memory_descriptor: int) -> None:
-    """Answers tasks until the other end of the pipe closes."""
-    setup: WorkerSetup = connection.recv()
+class Channel:
+    """Whole Python values over a stream socket. Both ends are processes of ours, so what arrives is trusted."""
+
+    def __init__(self, end: socket) -> None:
+        self.socket = end
+        self._incoming, self._outgoing = bytearray(), bytearray()
+
+    def send(self, value: object, *, wait: bool) -> None:
+        """Sends what the other end takes now, or waits until it took all; `flush` sends the rest."""
+        data = ForkingPickler.dumps(value)
+        self._outgoing += len(data).to_bytes(4, "little")
+        self._outgoing += data
+        self.flush(wait=wait)
+
+    def flush(self, *, wait: bool) -> None:
+        """Raises BrokenPipeError or ConnectionResetError when nobody listens any more."""
+        while self._outgoing:
+            try:
+                sent = self.socket.send(self._outgoing, 0 if wait else MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            del self._outgoing[:sent]
+
+    def receive(self, *, wait: bool) -> list[Any]:
+        """The values that have arrived whole; with `wait` at least one. Raises EOFError when no more will come."""
+        values: list[Any] = []
+        while not values or not wait:
+            try:
+                data = self.socket.recv(2**16, 0 if wait else MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                if values:
+                    break  # the end shows again in the next call
+                raise EOFError
+            self._incoming += data
+            values += self._take_whole()
+        return values
+
+    def _take_whole(self) -> list[Any]:
+        values = []
+        while len(self._incoming) >= 4:
+            end = 4 + int.from_bytes(self._incoming[:4], "little")
+            if len(self._incoming) < end:
+                break
+            values.append(ForkingPickler.loads(self._incoming[4:end]))
+            del self._incoming[:end]
+        return values
+
+
+def serve(channel: Channel, memory_descriptor: int, cell: int, shape: Shape) -> None:
+    """Answers tasks until the other end closes. Counts up its cell when it is ready, and then at every step."""
+    from pipelines.decode import ClipDecoder  # most of the start
+
     memory = mmap.mmap(memory_descriptor, 0)
-    clips = np.frombuffer(memory, np.uint8).reshape(setup.shape)
-    shards = ShardSet.open(setup.folder, setup.split)
-    decoder = ClipDecoder(shards, size=setup.shape[3], num_frames=setup.shape[2])
+    clips = np.frombuffer(memory, np.uint8, count=int(np.prod(shape))).reshape(shape)
+    start = cells_start(shape) + cell * CELL_BYTES
+    steps = memoryview(memory)[start : start + 8].cast("Q")
+
+    def step() -> None:
+        steps[0] += 1
+
+    decoder = ClipDecoder(shape[3], shape[2], on_progress=step)
+    step()
     while True:
-        try:
-            task: Task = connection.recv()
-        except EOFError:
-            return
-        decoded = np.empty((len(task.rows), *setup.shape[2:]), np.uint8)
-        failures = decoder.decode_into(task.plans, decoded)
-        clips[task.slot, list(task.rows)] = decoded
-        connection.send(failures)
+        for packed in channel.receive(wait=True):
+            step()
+            task = Task.unpack(packed)
+            rows = clips[task.slot, task.first_row : task.first_row + len(task.requests)]
+            failures = [(i, reason[:_MAX_REASON]) for i, reason in decoder.decode_into(task.requests, rows)]
+            step()
+            channel.send(failures, wait=True)
+
+
+def cells_start(shape: Shape) -> int:
+    """Where the cells of the workers begin in the shared memory, in bytes."""
+    return -(-int(np.prod(shape)) // CELL_BYTES) * CELL_BYTES
+
+
+def _die_with(parent: int) -> None:
+    """Has the kernel kill this process when the thread that started it ends, even while a decoder hangs."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before
+        sys.exit()
+
+
+def _main(parent: int, socket_descriptor: int, memory_descriptor: int, cell: int, *shape: int) -> None:
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends us
+    slots, clips, frames, height, width, channels = shape
+    try:
+        channel = Channel(socket(fileno=socket_descriptor))
+        serve(channel, memory_descriptor, cell, (slots, clips, frames, height, width, channels))
+    except (EOFError, ConnectionError):  # the trainer is done with us
+        pass
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then closes our pipe
-    with contextlib.suppress(ConnectionError):  # the trainer ended while we were at a task
-        serve(Connection(int(sys.argv[1])), int(sys.argv[2]))
+    _main(*map(int, sys.argv[1:]))

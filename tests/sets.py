@@ -25,8 +25,10 @@ def make_set(
     samples_a_shard: int = 4,
     splits: tuple[str, ...] = ("train",),
     rotation: int = 0,
+    multi_label: bool = False,
 ) -> Path:
-    """Packs one numbered video of each length into every split; sample i is of class i mod `classes`."""
+    """Packs one numbered video of each length into every split; sample i is of class i mod `classes`, and if
+    `multi_label`, also of class i // 2 mod `classes`."""
     folder.mkdir(parents=True)
     source = folder / "source.mp4"
     encoded = {}
@@ -40,11 +42,13 @@ def make_set(
         for start in range(0, len(lengths), samples_a_shard):
             writer = ShardWriter(folder, f"{split}-{len(shards):06d}.tar")
             for i in range(start, min(start + samples_a_shard, len(lengths))):
-                writer.add(f"{i:06d}_numbers", i % classes, encoded[lengths[i]], {"label": i % classes})
+                labels = sorted({i % classes, (i // 2 if multi_label else i) % classes})
+                writer.add(f"{i:06d}_numbers", labels, encoded[lengths[i]], {"labels": labels})
             shards.append(asdict(writer.close()))
         entries[split] = {"samples": len(lengths), "shards": shards}
     names = [f"class{i}" for i in range(classes)]
-    write_manifest(folder, {"classes": names, "profile": {"name": profile}, "splits": entries})
+    facts = {"classes": names, "multi_label": multi_label, "verified": True, "profile": {"name": profile}}
+    write_manifest(folder, {**facts, "splits": entries})
     return folder
 
 

@@ -39,7 +39,7 @@ def commands(text: str) -> list[str]:
     found: list[str] = []
     inside = False
     for line in text.replace("\\\n", " ").splitlines():
-        if line.startswith("```"):
+        if line.strip().startswith("```"):
             inside = line.strip() == "```bash"
             continue
         words = shlex.split(line, comments=True) if inside else []

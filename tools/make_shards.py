@@ -1,9 +1,12 @@
 """Packs a folder of videos into shards that are cheap to train from.
 
     python tools/make_shards.py VIDEOS --out SHARDS --fps source/4 --short-side 256
+    python tools/make_shards.py k400 --annotations k400/annotations --max-missing 5% --out SHARDS --fps source/4
 
-VIDEOS holds one folder per class, or <split>/<class>, or anything plus an annotation file. Every video is decoded once
-and checked; what cannot be used is listed with its reason in SHARDS/rejects.tsv, and the rest is packed.
+VIDEOS holds one folder per class, or <split>/<class>, or anything plus annotation files, whose formats are listed in
+pipelines/annotation_formats.py; what they were recognised as is printed first. Every video is decoded once and checked;
+what cannot be used is listed with its reason in SHARDS/rejects.tsv, and the rest is packed. A run that was interrupted
+or killed is continued by the same command, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -21,23 +24,25 @@ if not __package__:  # started as a script: the project's root, not tools/, is w
 
 from tqdm import tqdm
 
-from pipelines.annotations import Listing, list_videos
+from pipelines.annotations import FORMATS, Listing, list_videos
 from pipelines.cli import run_cli
-from pipelines.encode import DEFAULT_QUALITY
-from pipelines.pack import PackReport, PackSettings, pack_videos
+from pipelines.encode import DEFAULT_QUALITY, SHRUNK_QUALITY
+from pipelines.pack import PackReport, PackSettings, pack_videos, unfinished_folder
 from pipelines.shards import PROFILES
 
+_QUALITY = f"1 (smallest) to 100 (best) (default: {DEFAULT_QUALITY}, or {SHRUNK_QUALITY} if scaled to half or less)"
 SHORT_SIDE = 256  # pixels: what the published recipes train from
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what schedulers send: clean up as after Ctrl-C
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what schedulers send: end as after Ctrl-C
     args = _parse_args()
     settings = PackSettings(
         profile=args.profile,
         fps=args.fps,
         short_side=_short_side(args.short_side, args.profile),
         quality=args.quality,
+        verify=not args.no_verify,
         max_shard_bytes=round(args.max_shard_mb * 1e6),
         seed=args.seed,
         timeout_seconds=args.timeout,
@@ -45,10 +50,14 @@ def main() -> int:
     listing = list_videos(
         args.source,
         annotations=args.annotations,
+        annotation_format=args.format,
+        fold=args.fold,
         max_missing=args.max_missing,
         val_fraction=args.val_fraction,
         seed=args.seed,
     )
+    for note in listing.notes:
+        print(note, flush=True)
     started = time.perf_counter()
     with tqdm(total=len(listing.videos), unit="video", disable=None) as bar:
 
@@ -56,8 +65,26 @@ def main() -> int:
             bar.set_postfix(rejected=len(report.rejects), refresh=False)
             bar.update()
 
-        report = pack_videos(args.source, listing, args.out, settings, workers=args.workers, on_video=advance)
-    _print_summary(args.out, listing, report, time.perf_counter() - started)
+        try:
+            report = pack_videos(
+                args.source,
+                listing,
+                args.out,
+                settings,
+                workers=args.workers,
+                restart=args.restart,
+                on_video=advance,
+            )
+        except (KeyboardInterrupt, SystemExit):
+            bar.close()
+            if unfinished_folder(args.out).exists():
+                print(
+                    f"stopped; finished shards are kept in {unfinished_folder(args.out)}: the same command goes on "
+                    "from them",
+                    file=sys.stderr,
+                )
+            raise
+    _print_summary(args.out, listing, report, time.perf_counter() - started, verified=settings.verify)
     return 0
 
 
@@ -66,7 +93,24 @@ def _parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("source", type=Path, metavar="SOURCE", help="folder of videos: <class>/… or <split>/<class>/…")
     add("--out", type=Path, required=True, metavar="DIR", help="new folder for the shards")
-    add("--annotations", type=Path, metavar="FILE", help="lines of 'path label [split]', paths relative to SOURCE")
+    add(
+        "--annotations",
+        action="append",
+        default=[],
+        metavar="[SPLIT=]PATH",
+        help="a list, or a folder of official files; once for each file, its split before it where its name does not "
+        "say it (val=b.csv); classes=FILE names the classes of a list of numbers (default: folders are classes)",
+    )
+    add(
+        "--format",
+        choices=("auto", *FORMATS),
+        default="auto",
+        help="of the annotations, where it cannot be recognised: "
+        + "; ".join(f"{k}: {f.about}" for k, f in FORMATS.items()),
+    )
+    add(
+        "--fold", type=int, default=1, metavar="N", help="official division of UCF-101 or HMDB-51: 1, 2, 3 (default: 1)"
+    )
     add("--profile", choices=PROFILES, default="jpeg", help="how videos are stored (default: %(default)s)")
     add(
         "--fps",
@@ -79,7 +123,12 @@ def _parse_args() -> argparse.Namespace:
         metavar="S|source",
         help=f"scale down to S pixels on the shorter side, or keep the source; never enlarges (default: {SHORT_SIDE})",
     )
-    add("--quality", type=int, metavar="Q", help=f"1 (smallest) to 100 (best) (default: {DEFAULT_QUALITY})")
+    add("--quality", type=int, metavar="Q", help=_QUALITY)
+    add(
+        "--no-verify",
+        action="store_true",
+        help="with --profile copy: decode no more than the first frame of each video; the set counts as unverified",
+    )
     add(
         "--max-shard-mb",
         type=float,
@@ -90,10 +139,16 @@ def _parse_args() -> argparse.Namespace:
     add("--workers", type=int, default=_num_cpus(), metavar="N", help="processes (default: all cores, %(default)s)")
     add("--seed", type=int, default=0, help="of the order in the shards and of --val-fraction (default: %(default)s)")
     add("--val-fraction", type=float, default=0.0, metavar="F", help="part of each class to set apart as split val")
-    add("--max-missing", type=int, default=0, metavar="N", help="listed files that may be missing (default: 0)")
+    add(
+        "--max-missing",
+        default="0",
+        metavar="N|P%",
+        help="listed files that may be missing, such as 12 or 5%% (default: 0)",
+    )
     add(
         "--timeout", type=float, default=300, metavar="S", help="seconds after which a video is given up (default: 300)"
     )
+    add("--restart", action="store_true", help="begin again instead of going on where an earlier run ended")
     return parser.parse_args()
 
 
@@ -113,11 +168,12 @@ def _num_cpus() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def _print_summary(out: Path, listing: Listing, report: PackReport, wall_seconds: float) -> None:
+def _print_summary(out: Path, listing: Listing, report: PackReport, wall_seconds: float, *, verified: bool) -> None:
     samples = sum(report.samples.values())
     seconds = sum(report.seconds.values())
     ratio = report.bytes_out / report.bytes_in
-    print(f"{out}: {samples} videos, {seconds:,.0f} s of video, in {wall_seconds:,.1f} s")
+    unverified = "" if verified else ", not verified"
+    print(f"{out}: {samples} videos{unverified}, {seconds:,.0f} s of video, in {wall_seconds:,.1f} s")
     print(f"  bytes: {_size(report.bytes_in)} in, {_size(report.bytes_out)} out ({ratio:.2f}×)")
     few, many = min(report.stored_frames), max(report.stored_frames)
     print(f"  stored frames a video: {few} to {many}, median {statistics.median(report.stored_frames):.0f}")

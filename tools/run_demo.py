@@ -180,7 +180,8 @@ def prediction_strip(out: Path) -> np.ndarray:
     config = load_config("demo", [f"data.shards={json.dumps(str(out / 'shards'))}"])
     shards = ShardSet.open(out / "shards", config.data.val_split)
     predictions = {rung: load_predictions(out / rung) for rung in ("spatial", "joint")}
-    names = [f"{shards.classes[label]}/{shards[i].key.rpartition('_')[2]}" for i, label in enumerate(shards.labels)]
+    samples = [shards[i] for i in range(len(shards))]
+    names = [f"{shards.classes[sample.label]}/{sample.key.rpartition('_')[2]}" for sample in samples]
     columns = []
     for direction in (0, 1):
         chosen = [names.index(f"{pair[direction]}/{0:05d}") for pair in PAIRS]

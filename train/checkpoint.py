@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,10 @@ _DEEPSPEED_KEYS = (
     "gradient_predivide_factor",
 )
 # Not what a run computes: how fast it reads, and evaluation, which has no effect on training.
-_FREE_DATA_KEYS = ("shards", "val_split", "workers", "prefetch", "max_bad_fraction", "eval_crop")
+_FREE_DATA_KEYS = (
+    *("shards", "val_split", "workers", "prefetch", "max_bad_fraction"),
+    *("eval_crop", "test_clips", "test_crops", "cache_dir", "cache_gb"),
+)
 
 
 def identity(config: Config, *, fingerprint: str, backbone: str) -> dict[str, Any]:
@@ -63,11 +66,13 @@ def save_checkpoint(
     config: Config,
     world_size: int,
     batch: Batch,
+    bad_samples: Iterable[int],
     keep: int,
 ) -> Path:
     """Writes the checkpoint of a run after `step` steps and removes all but the newest `keep`.
 
-    `run` is what `identity` returned. Raises OSError when it cannot be written; then no such folder appears.
+    `run` is what `identity` returned; `bad_samples` are the ids of the training split that could not be decoded. Raises
+    OSError when it cannot be written; then no such folder appears.
     """
     tensors = _state(model, optimizer)
     data = save_tensors(tensors)
@@ -77,6 +82,7 @@ def save_checkpoint(
         "samples_seen": step * batch.total,
         "world_size": world_size,
         "micro_batch": batch.micro,
+        "bad_samples": sorted(bad_samples),
         "run": dict(run),
         "config": config.as_dict(),
         "parameters": [name.removeprefix("weights/") for name in tensors if name.startswith("weights/")],

@@ -10,9 +10,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import inf
+from pathlib import Path
 from typing import Any
 
 from model.aim import AIMOptions
+from pipelines.cache import CacheSettings, default_cache_folder
 from pipelines.plan import ClipOptions
 
 METHODS = ("aim",)
@@ -23,10 +25,18 @@ class DataConfig(ClipOptions):
     """[data]: the packed set, how clips are cut from it (see `ClipOptions`), and how it is read."""
 
     shards: str = ""
-    """Folder made by tools/make_shards.py; relative to the working directory."""
+    """Folder made by tools/make_shards.py or tools/index_shards.py, relative to the working directory; or the address
+    of one: s3://bucket/set, gs://bucket/set, https://host/set."""
     train_split: str = "train"
     val_split: str = "val"
     """Evaluated during training; empty: nothing is."""
+    shuffle_shards: int = 0
+    """0: an epoch is one permutation of all samples. W: the shards are permuted, taken W at a time, and the samples of
+    those permuted, so that only W shards are read at once (slow disks, remote sets)."""
+    cache_dir: str = ""
+    """Where shards that come from an address are kept, on a local disk; empty: in the user's cache folder."""
+    cache_gb: float = 100.0
+    """GB of them that are kept, of all sets together; what is used next is fetched ahead, what is not evicted."""
     workers: int = 0
     """Decode processes of each rank; 0: as many as suit the machine."""
     prefetch: int = 3
@@ -36,10 +46,18 @@ class DataConfig(ClipOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        allow("data.shuffle_shards", self.shuffle_shards, self.shuffle_shards >= 0, "0 (all) or more shards")
+        allow("data.cache_gb", self.cache_gb, 0 < self.cache_gb < inf, "more than 0")
         allow("data.workers", self.workers, 0 <= self.workers <= 256, "0 (automatic) to 256")
         allow("data.prefetch", self.prefetch, 1 <= self.prefetch <= 4, "1 to 4 batches")
         allow("data.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "a share, 0 to 1")
         allow("data.train_split", self.train_split, self.train_split != "", "the name of a split")
+
+    @property
+    def cache(self) -> CacheSettings:
+        """Where shards that come from an address are kept."""
+        folder = Path(self.cache_dir).expanduser() if self.cache_dir else default_cache_folder()
+        return CacheSettings(folder, round(self.cache_gb * 1e9))
 
 
 @dataclass(frozen=True)
@@ -97,10 +115,10 @@ class TrainConfig:
     """[train]: loss, randomness, and how often what happens."""
 
     label_smoothing: float = 0.0
-    """Share of the target spread evenly over all classes."""
+    """Share of the target spread evenly over all classes; 0 for sets with several labels a video."""
     seed: int = 0
     eval_every: float = 5.0
-    """Epochs between evaluations; 0: only at the end."""
+    """Epochs between evaluations, on one view a video; the one at the end takes all views. 0: only that."""
     log_every: int = 20
     """Optimizer steps between log lines; a short run still has five."""
     checkpoint_every: int = 500
@@ -125,7 +143,8 @@ class RunConfig:
     out: str = ""
     """Folder of checkpoints, logs and predictions; empty: runs/<name of the recipe>."""
     trace: bool = False
-    """Write every rank's sample ids, frames, boxes, flips and loss of every step to trace-<rank>.jsonl; slows down."""
+    """Write every rank's sample ids, frames, boxes, flips, augmentations and loss of every step to
+    trace-<rank>.jsonl; slows down."""
 
 
 @dataclass(frozen=True)

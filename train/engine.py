@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -55,6 +56,27 @@ class World:
             raise error
         if failed.item():
             raise ValueError("rank 0 could not go on; it says why")
+
+    def gather(self, text: str) -> list[str]:
+        """What every process says, by rank; all call it together."""
+        if self.size == 1:
+            return [text]
+        said = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).to(self.device)
+        lengths = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(said)], device=self.device))
+        longest = int(max(lengths))
+        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.size)]
+        dist.all_gather(texts, torch.nn.functional.pad(said, (0, longest - len(said))))
+        return [bytes(t[: int(n)].tolist()).decode() for t, n in zip(texts, lengths, strict=True)]
+
+    def agree(self, failure: Exception | None) -> None:
+        """All call it together: if one of them failed, all raise, the others a ValueError of the same text."""
+        texts = self.gather(json.dumps(None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for text in map(json.loads, texts):
+            if text is not None:
+                raise ValueError(text)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sums a tensor over all processes, in place."""

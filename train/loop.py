@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from model.aim import AIM
+from pipelines.augment import augment_clips, mix_clips
 from pipelines.loader import ClipBatch, ClipLoader, default_workers
-from pipelines.plan import Order, draw_masks, num_steps, train_turns
+from pipelines.plan import MixPlan, Order, draw_masks, num_steps, plan_mix, train_turns
 from pipelines.shards import ShardSet
+from train.bad_samples import FILE_NAME, BadSamples
 from train.checkpoint import save_checkpoint
 from train.clock import Clock, Pace
 from train.config import Batch, Config
 from train.engine import Engine, World
 from train.evaluate import evaluate
+from train.loss import clip_loss, soft_targets
 from train.metrics import MetricsLog, eval_line, train_line
 from train.schedule import crosses, learning_rate
 
@@ -43,6 +45,7 @@ class Job:
     """What the run is, for its checkpoints: see `checkpoint.identity`."""
     start_step: int
     """Optimizer steps done before."""
+    bad_samples: BadSamples
 
     @property
     def num_steps(self) -> int:
@@ -62,13 +65,16 @@ class Job:
             "workers": data.workers or default_workers(self.world.local_size, device.type),
             "prefetch": data.prefetch,
             "max_bad_fraction": data.max_bad_fraction,
+            "ranks": self.world.size,
             "device": device,
         }
 
     def train_loader(self) -> ClipLoader:
         """This rank's training micro-batches, from the next step to the last."""
         turns = train_turns(
-            Order(len(self.shards), self.config.train.seed),
+            Order(
+                [s.samples for s in self.shards.shards], self.config.train.seed, window=self.config.data.shuffle_shards
+            ),
             global_batch=self.batch.total,
             micro_batch=self.batch.micro,
             rank=self.world.rank,
@@ -76,8 +82,9 @@ class Job:
             start_step=self.start_step,
             num_steps=self.num_steps,
         )
-        size = self.model.geometry.image_size
-        return ClipLoader(self.shards, turns, micro_batch=self.batch.micro, size=size, **self.loader_options())
+        size, planned = self.model.geometry.image_size, self.start_step * self.batch.total
+        options = self.loader_options() | {"planned_before": planned}
+        return ClipLoader(self.shards, turns, micro_batch=self.batch.micro, size=size, **options)
 
 
 def train(job: Job, log: MetricsLog | None) -> None:
@@ -89,25 +96,32 @@ def train(job: Job, log: MetricsLog | None) -> None:
     """
     config, world, device, batch = job.config, job.world, job.world.device, job.batch
     probabilities = {name: p.numpy() for name, p in job.model.random_masks.items()}
+    mean_colour = job.model.pixel_mean.round().to(torch.uint8)
     loss_sum, loss_count = torch.zeros((), device=device), 0
     with job.train_loader() as loader:
         clock = Clock(batch.total, lambda: loader.wait_seconds)
         logged = clock.read()
         for step in range(job.start_step + 1, job.num_steps + 1):
             lr = learning_rate(step - 1, job.num_steps, config.optimizer.lr, config.schedule)
+            mix = plan_mix(config.train.seed, step - 1, config.data)
 
             for _ in range(batch.accumulation):
-                clips = next(loader)
+                clips = job.bad_samples.next_batch(loader)
+                frames = clips.frames.to(device, non_blocking=True)
+                targets = clips.labels.to(device, non_blocking=True)
+                augment_clips(frames, clips.plans, mean_colour)
+                if mix is not None:
+                    targets = mix_clips(frames, soft_targets(targets, len(job.shards.classes)), mix)
                 drawn = draw_masks(config.train.seed, clips.turns, probabilities)
                 masks = {name: torch.from_numpy(mask).to(device, non_blocking=True) for name, mask in drawn.items()}
-                logits = job.engine(clips.frames.to(device, non_blocking=True), masks)
-                labels = clips.labels.to(device, non_blocking=True)
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.train.label_smoothing)
+                logits = job.engine(frames, masks)
+                smoothing, several = config.train.label_smoothing, job.shards.multi_label
+                loss = clip_loss(logits, targets, multi_label=several, label_smoothing=smoothing)
                 job.engine.learn(loss, lr)
                 loss_sum += loss.detach()
                 loss_count += 1
                 if config.run.trace:
-                    _trace(job, step, clips, loss.item())
+                    _trace(job, step, clips, mix, loss.item())
 
             if clock.step_done():
                 loss_sum.item()  # the device has done the warm-up steps
@@ -116,11 +130,12 @@ def train(job: Job, log: MetricsLog | None) -> None:
             saves = ends or crosses(step, step - 1, config.train.checkpoint_every)
             evaluates = ends or crosses(seen, before, config.train.eval_every * len(job.shards))
             if saves or evaluates or step % job.log_every == 0:
+                job.bad_samples.meet(loader, job.shards, job.start_step * batch.total)
                 mean = world.sum(loss_sum / loss_count).item() / world.size
                 _require_finite(mean, step, lr)
                 whole = clock.read()
                 if log is not None:
-                    _log(job, log, step, mean, lr, whole.since(logged), whole, loader)
+                    _log(job, log, step, mean, lr, whole.since(logged), whole)
                 loss_sum, loss_count, logged = torch.zeros((), device=device), 0, whole
             if saves:
                 with clock.paused():
@@ -128,9 +143,9 @@ def train(job: Job, log: MetricsLog | None) -> None:
             if evaluates:
                 with clock.paused():
                     _evaluate(job, step, log)
-        if log is not None and loader.bad:
-            keys = ", ".join(job.shards[i].key for i in loader.bad)
-            print(f"{len(loader.bad)} of {len(job.shards)} samples could not be decoded and were replaced: {keys}")
+        if log is not None and job.bad_samples.met:
+            of = f"{len(job.bad_samples.met)} of {len(job.shards)} samples"
+            print(f"{of} could not be decoded and were replaced by others: {job.out / FILE_NAME} lists them")
         if log is not None:
             log.write("end", job.num_steps, paused_seconds=clock.paused_seconds, **_pace_values(clock.read()))
 
@@ -143,11 +158,9 @@ def _require_finite(loss: float, step: int, lr: float) -> None:
         )
 
 
-def _log(
-    job: Job, log: MetricsLog, step: int, loss: float, lr: float, pace: Pace, whole: Pace, loader: ClipLoader
-) -> None:
+def _log(job: Job, log: MetricsLog, step: int, loss: float, lr: float, pace: Pace, whole: Pace) -> None:
     epoch = step * job.batch.total / len(job.shards)
-    values = {"epoch": epoch, "loss": loss, "lr": lr, "bad_samples": len(loader.bad), **_pace_values(pace)}
+    values = {"epoch": epoch, "loss": loss, "lr": lr, "bad_samples": len(job.bad_samples.met), **_pace_values(pace)}
     log.write("train", step, **values)
     line = train_line(step=step, num_steps=job.num_steps, epoch=epoch, loss=loss, lr=lr, pace=pace, whole=whole)
     print(line, flush=True)
@@ -169,17 +182,23 @@ def _save(job: Job, step: int) -> None:
             config=job.config,
             world_size=job.world.size,
             batch=job.batch,
+            bad_samples=job.bad_samples.met,
             keep=job.config.train.keep,
         )
     )
 
 
 def _evaluate(job: Job, step: int, log: MetricsLog | None) -> None:
-    """Evaluates if there is something to evaluate on; the answers of the last step are kept in predictions.npz."""
+    """Evaluates if there is something to evaluate on: on one view a video, as the official code validates, and after
+    the last step on all `data.test_clips` × `data.test_crops`; those answers are kept in predictions.npz."""
     shards = job.val_shards
     if shards is None:
         return
-    result = evaluate(job.model, shards, job.world, micro_batch=job.batch.micro, loader_options=job.loader_options())
+    options = job.loader_options()
+    if step < job.num_steps:
+        options["options"] = replace(job.config.data, test_clips=1, test_crops=1)
+    result = evaluate(job.model, shards, job.world, micro_batch=job.batch.micro, loader_options=options)
+    job.bad_samples.meet_evaluated(result.bad, shards)
     if log is None:
         return
     metrics = result.metrics()
@@ -189,7 +208,7 @@ def _evaluate(job: Job, step: int, log: MetricsLog | None) -> None:
         result.save(job.out / "predictions.npz", shards)
 
 
-def _trace(job: Job, step: int, clips: ClipBatch, loss: float) -> None:
+def _trace(job: Job, step: int, clips: ClipBatch, mix: MixPlan | None, loss: float) -> None:
     """One line a micro-batch: what this rank saw, and its loss to the last bit."""
     entry = {
         "step": step,
@@ -199,6 +218,9 @@ def _trace(job: Job, step: int, clips: ClipBatch, loss: float) -> None:
         "frames": [plan.frames for plan in clips.plans],
         "boxes": [plan.box for plan in clips.plans],
         "flips": [plan.flip for plan in clips.plans],
+        "ops": [plan.ops for plan in clips.plans],
+        "erased": [plan.erase for plan in clips.plans],
+        "mix": mix and (mix.weight, mix.region),
     }
     with (job.out / f"trace-{job.world.rank}.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")

@@ -1,7 +1,8 @@
 """Trains a video classifier: `python train/main.py --recipe NAME`, or `deepspeed train/main.py …` on several devices.
 
 Without --recipe it lists the recipes. What a run writes goes to its folder (run.out): run.json (what was run, on what),
-metrics.jsonl and tensorboard/, checkpoint-<step>/ (the last few), predictions.npz (answers of the last evaluation).
+metrics.jsonl and tensorboard/, checkpoint-<step>/ (the last few), predictions.npz (answers of the last evaluation), and
+bad_samples.tsv where some could not be decoded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"name a recipe, such as --recipe demo:\n{list_recipes()}", file=sys.stderr)
         return 2
     config = load_config(arguments.recipe, arguments.set, arguments.deepspeed_config)
-    batch = resolve_batch(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")))
+    batch = resolve_batch(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")), in_pairs=config.data.mixes)
     if arguments.print_config:
         print(json.dumps(config.as_dict(), indent=1))
         return 0

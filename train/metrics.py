@@ -50,10 +50,11 @@ def train_line(*, step: int, num_steps: int, epoch: float, loss: float, lr: floa
 
 def eval_line(step: int, metrics: dict[str, float]) -> str:
     """The evaluation line for people."""
+    titles = {"mean_average_precision": "mAP", "top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
+    shares = "  ".join(f"{title} {100 * metrics[name]:.2f} %" for name, title in titles.items() if name in metrics)
     skipped = f", {metrics['undecodable']:.0f} could not be decoded" if metrics["undecodable"] else ""
     return (
-        f"evaluation after step {step}: top-1 {100 * metrics['top1']:.2f} %  top-5 {100 * metrics['top5']:.2f} %  mean "
-        f"class {100 * metrics['mean_class_accuracy']:.2f} %  loss {metrics['loss']:.4f}  ({metrics['samples']:.0f} "
+        f"evaluation after step {step}: {shares}  loss {metrics['loss']:.4f}  ({metrics['samples']:.0f} "
         f"samples{skipped})"
     )
 

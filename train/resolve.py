@@ -125,10 +125,11 @@ def list_recipes() -> str:
     return "\n".join(f"  {path.stem:{width}}  {comment}" for path, comment in zip(paths, comments, strict=True))
 
 
-def resolve_batch(deepspeed: Mapping[str, Any], world: int) -> Batch:
-    """Shares the global batch among `world` processes; the micro-batch shrinks to what divides a share.
+def resolve_batch(deepspeed: Mapping[str, Any], world: int, *, in_pairs: bool = False) -> Batch:
+    """Shares the global batch among `world` processes; the micro-batch shrinks to what divides a share, and is even
+    where clips are mixed in pairs.
 
-    Raises ValueError, naming sizes that work, where the processes cannot share it equally.
+    Raises ValueError, naming sizes that work, where the processes cannot share it so.
     """
     total, micro = deepspeed["train_batch_size"], deepspeed["train_micro_batch_size_per_gpu"]
     share, rest = divmod(total, world)
@@ -140,12 +141,21 @@ def resolve_batch(deepspeed: Mapping[str, Any], world: int) -> Batch:
             f"{' or '.join(map(str, sizes))} (--set ds.train_batch_size={sizes[-1]}), or start "
             f"{', '.join(map(str, counts))} processes"
         )
-    fitting = max(size for size in range(1, min(micro, share) + 1) if share % size == 0)
-    note = (
-        ""
-        if fitting == micro
-        else f"micro-batch {fitting} instead of {micro}: {world} × {micro} does not divide {total}"
-    )
+    sizes = [size for size in range(1, share + 1) if share % size == 0 and not (in_pairs and size % 2)]
+    if not sizes:
+        even = [size for size in (world * (share - 1), world * (share + 1)) if size]
+        raise ValueError(
+            f"train_batch_size = {total} gives each of {world} processes {share} clips, and mixup and cutmix take them "
+            f"in pairs: set it to {' or '.join(map(str, even))} (--set ds.train_batch_size={even[-1]})"
+        )
+    fitting = max((size for size in sizes if size <= micro), default=0)
+    if not fitting:
+        raise ValueError(
+            f"train_micro_batch_size_per_gpu = {micro}: mixup and cutmix take clips in pairs; set it to "
+            f"{', '.join(map(str, sizes[:12]))} (--set ds.train_micro_batch_size_per_gpu={sizes[0]})"
+        )
+    reason = f"{world} × {micro} does not divide {total}" if share % micro else "clips are mixed in pairs"
+    note = "" if fitting == micro else f"micro-batch {fitting} instead of {micro}: {reason}"
     return Batch(total, fitting, share // fitting, note)
 
 

@@ -20,7 +20,9 @@ from model.aim import AIM
 from model.attention import attention_backend
 from model.parameters import count_parameters, parameter_table
 from pipelines.loader import describe_decoding
+from pipelines.remote import open_set
 from pipelines.shards import ShardSet, write_durably
+from train.bad_samples import BadSamples
 from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, newest_checkpoint, resume
 from train.config import Batch, Config
@@ -29,6 +31,7 @@ from train.loop import Job, train
 from train.metrics import MetricsLog
 from train.resolve import ROOT
 
+MAX_TOLD = 5  # missing shards that are named
 PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "numpy", "open_clip_torch", "safetensors", "torch", "xformers")
 
 
@@ -54,12 +57,14 @@ class Prepared:
             self.model.set_compute_dtype(torch.bfloat16)
         engine = Engine(world, self.model, config.optimizer, config.deepspeed, self.batch)
         run = identity(config, fingerprint=self.shards.fingerprint, backbone=self.backbone)
-        start_step = 0
+        state: dict[str, Any] = {"step": 0, "bad_samples": []}
         if self.checkpoint is not None:
-            start_step = int(resume(self.checkpoint, self.model, engine.optimizer, run)["step"])
+            state = resume(self.checkpoint, self.model, engine.optimizer, run)
+        start_step = int(state["step"])
         world.on_first(lambda: _write_run_json(out, self, world, command, start_step))
         parts = (self.model, engine, self.shards, self.val_shards)
-        job = Job(config, world, self.batch, *parts, out, run, start_step)
+        bad_samples = BadSamples(world, out, config.data.max_bad_fraction, state["bad_samples"])
+        job = Job(config, world, self.batch, *parts, out, run, start_step, bad_samples)
         log = None
         if world.rank == 0:
             print(_opening(job), flush=True)
@@ -83,6 +88,11 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
         )
     shards = _open_shards(config, config.data.train_split)
     val_shards = _open_shards(config, config.data.val_split) if config.data.val_split else None
+    if shards.multi_label and config.train.label_smoothing:
+        raise ValueError(
+            f"train.label_smoothing = {config.train.label_smoothing}; allowed is 0: the videos of {shards.folder} have "
+            "several labels each, learned one by one as yes or no"
+        )
     checkpoint = newest_checkpoint(out) if resume and out.is_dir() else None
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {config.model.name}, weights {config.model.pretrained}", flush=True)  # may download for minutes
@@ -92,20 +102,24 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
 
 
 def _open_shards(config: Config, split: str) -> ShardSet:
-    """A split of which every shard is there, whole, and fits its index."""
+    """A split; if shards of it are missing or cut, a warning, if too many are, a ValueError."""
+    window = config.data.shuffle_shards if split == config.data.train_split else 1  # evaluation: shard after shard
     try:
-        shards = ShardSet.open(config.data.shards, split)
+        shards = open_set(config.data.shards, split, cache=config.data.cache, window=window)
     except ValueError as error:
         if split == config.data.val_split and "has no split" in str(error):
             raise ValueError(
                 f'{error}; name it in data.val_split, or train without: --set data.val_split=""'
             ) from error
         raise
-    first = 0
-    for shard in shards.shards:
-        if shard.samples:
-            shards[first]
-        first += shard.samples
+    problems = shards.check_files()
+    lost, texts = sum(shard.samples for shard, _ in problems), [text for _, text in problems]
+    told = "; ".join(texts[:MAX_TOLD]) + (f"; and {len(texts) - MAX_TOLD} more" if len(texts) > MAX_TOLD else "")
+    lost_of = f"{lost} of {len(shards)} samples of split {split!r} cannot be read"
+    if lost > config.data.max_bad_fraction * len(shards):
+        raise ValueError(f"{lost_of}, more than data.max_bad_fraction = {config.data.max_bad_fraction}: {told}")
+    if problems and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {lost_of} and are replaced by others or left out: {told}", file=sys.stderr, flush=True)
     return shards
 
 

@@ -82,7 +82,7 @@ def test_ended_by_a_scheduler_nothing_is_left(tmp_path: Path) -> None:
             write_video(folder / name / f"{i}.mp4", 90, (320, 240))
     command = [sys.executable, str(ROOT / "tools/make_shards.py"), str(folder), "--out", str(tmp_path / "out")]
     process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
-    part = tmp_path / ".out.packing/.train-000000.tar.part"  # there once the worker is at it
+    part = tmp_path / ".out.packing/shards/.train-000000.tar.part"  # there once the worker is at it
     deadline = time.monotonic() + 60
     while not part.exists() and time.monotonic() < deadline:
         time.sleep(0.05)

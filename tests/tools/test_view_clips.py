@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pipelines.augment import CLIP_MEAN
 from tests.sets import make_set
 from tests.videos import read_number
 from tools.view_clips import filmstrips
@@ -34,6 +35,24 @@ def test_the_sheet_holds_the_frames_of_the_evaluation_view(tmp_path: Path) -> No
     tiles = [[sheet[r * 118 + 18 : r * 118 + 114, c * 100 : c * 100 + 96] for c in range(4)] for r in range(3)]
     numbers = [[read_number(tile) for tile in row] for row in tiles]
     assert numbers == [[5, 15, 24, 34], [3, 8, 13, 19], [1, 3, 5, 7]]
+
+
+def test_the_sheet_shows_augmented_and_mixed_clips(tmp_path: Path) -> None:
+    """Three clips are asked for, and mixing adds the neighbour of the third; erased boxes are of one colour."""
+    folder = make_set(tmp_path / "set", [40, 23, 9, 8], size=(64, 64))
+    changes = ("--set", "data.random_erasing=1", "--set", "data.cutmix_alpha=1.0", "--set", "data.num_frames=4")
+    done = view(str(folder), "--clips", "3", "--size", "96", *changes, "--out", str(tmp_path / "clips.png"))
+    assert done.returncode == 0 and "4 clips of 4 frames" in done.stdout, done.stderr
+    sheet = np.asarray(Image.open(tmp_path / "clips.png"))
+    erased = (sheet == CLIP_MEAN).all(-1)
+    assert sheet.shape[0] == 4 * 118 and all(erased[118 * row + 18 : 118 * row + 114].sum() > 200 for row in range(4))
+
+
+def test_evaluation_shows_every_view(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", [40, 23], size=(96, 64))
+    views = ("--set", "data.test_clips=2", "--set", "data.test_crops=3", "--eval", "--split", "train", "--clips", "8")
+    done = view(str(folder), *views, "--size", "48", "--out", str(tmp_path / "x.png"))
+    assert done.returncode == 0 and "8 clips of 8 frames" in done.stdout, done.stderr
 
 
 def test_small_frames_are_enlarged_whole() -> None:

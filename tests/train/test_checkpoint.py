@@ -108,6 +108,7 @@ def test_stores_what_trains_and_nothing_else(finished: dict[str, Path]) -> None:
     [
         ("data.num_frames=8", "data.num_frames is 8 now and was 4"),
         ("train.seed=1", "train.seed is 1 now and was 0"),
+        ("data.shuffle_shards=2", "data.shuffle_shards is 2 now and was 0"),
         ("ds.train_batch_size=16", "ds.train_batch_size is 16 now and was 8"),
         ("schedule.epochs=5", "schedule.epochs is 5.0 now and was 4.0"),
         ("optimizer.lr=1", "optimizer.lr is 1.0 now and was 0.003"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,29 @@ import pytest
 import torch
 
 from model.aim import AIM
-from pipelines.plan import ClipOptions
+from pipelines.loader import ClipLoader
+from pipelines.plan import EVAL_EPOCH, ClipOptions, Turn
 from pipelines.shards import ShardSet
 from tests.sets import make_set
 from train.build import build_model
 from train.config import ModelConfig
 from train.engine import World
-from train.evaluate import Evaluation, evaluate
+from train.evaluate import Evaluation, average_precision, evaluate, mean_average_precision
 
 OPTIONS: dict[str, Any] = {"options": ClipOptions(num_frames=2, sampling="uniform"), "max_bad_fraction": 1.0}
 
 
+VIEWS: dict[str, Any] = {
+    **OPTIONS,
+    "options": ClipOptions(num_frames=2, sampling="uniform", test_clips=2, test_crops=3),
+}
+
+
 class Share(World):
-    """One of several processes, whose sums stay its own."""
+    """One of several processes, which hears nothing of the others and that hears of no other."""
+
+    def gather(self, text: str) -> list[str]:
+        return [text]
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
@@ -45,7 +56,7 @@ def share(model: AIM, shards: ShardSet, rank: int, size: int, micro: int) -> Eva
 def test_table_does_not_depend_on_batch_or_processes(packed: Path, model: AIM) -> None:
     shards = ShardSet.open(packed, "val")
     whole = share(model, shards, 0, 1, 8)
-    assert whole.valid.all() and whole.labels.tolist() == shards.labels.tolist()
+    assert whole.valid.all() and whole.labels.tolist() == [shards[i].label for i in range(len(shards))]
     assert whole.logits.std() > 0
     parts = [share(model, shards, rank, 3, 4) for rank in range(3)]
     assert (sum(part.valid.astype(int) for part in parts) == 1).all()
@@ -53,6 +64,108 @@ def test_table_does_not_depend_on_batch_or_processes(packed: Path, model: AIM) -
     together = replace(whole, logits=sum(part.logits for part in parts))
     for name, value in whole.metrics().items():
         assert together.metrics()[name] == pytest.approx(value, rel=1e-5)
+
+
+def evaluate_together(model: AIM, shards: ShardSet, size: int, micro: int, options: dict[str, Any]) -> Evaluation:
+    """The result of `size` processes, one after another: their sums are gathered first, then handed to the last."""
+    tables: list[list[torch.Tensor]] = []
+
+    def run(rank: int, summed: Callable[[torch.Tensor], torch.Tensor]) -> Evaluation:
+        world = Share(rank, size, size, torch.device("cpu"))
+        object.__setattr__(world, "sum", summed)
+        return evaluate(model, shards, world, micro_batch=micro, loader_options=options)
+
+    def keep(values: torch.Tensor) -> torch.Tensor:
+        tables[-1].append(values.clone())
+        return values
+
+    if size == 1:
+        return run(0, lambda values: values)
+    for rank in range(size):
+        tables.append([])
+        run(rank, keep)
+    totals = iter([sum(parts) for parts in zip(*tables, strict=True)])
+    return run(0, lambda values: values.copy_(next(totals)))
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_views_are_averaged_as_probabilities(tmp_path: Path, model: AIM, multi_label: bool) -> None:
+    folder = make_set(tmp_path / "set", [9, 14, 20, 6], classes=3, splits=("val",), multi_label=multi_label)
+    shards = ShardSet.open(folder, "val")
+    expected = []
+    turns = [[Turn(sample_id, EVAL_EPOCH, view) for view in range(6)] for sample_id in range(4)]
+    with ClipLoader(shards, turns, micro_batch=6, size=48, **VIEWS) as loader, torch.no_grad():
+        for batch in loader:
+            assert len({(plan.frames, plan.box) for plan in batch.plans}) == 6
+            logits = model(batch.frames).double()
+            expected.append((logits.sigmoid() if multi_label else logits.softmax(1)).mean(0).numpy())
+    whole = evaluate_together(model, shards, 1, 5, VIEWS)
+    answered = torch.from_numpy(whole.logits)
+    probabilities = answered.sigmoid() if multi_label else answered.softmax(1)
+    np.testing.assert_allclose(probabilities, np.stack(expected), atol=1e-6)
+    assert whole.valid.all()
+    other = evaluate_together(model, shards, 3, 2, VIEWS)  # the views of the second sample lie in two processes
+    np.testing.assert_allclose(other.logits, whole.logits, rtol=1e-4, atol=1e-5)
+    assert np.array_equal(other.labels, whole.labels) and other.valid.all()
+
+
+def test_one_view_keeps_the_models_own_logits(packed: Path, model: AIM) -> None:
+    shards = ShardSet.open(packed, "val")
+    turns = [[Turn(i, EVAL_EPOCH) for i in range(8)]]
+    with ClipLoader(shards, turns, micro_batch=8, size=48, **OPTIONS) as loader, torch.no_grad():
+        logits = model(next(loader).frames).numpy()
+    assert np.array_equal(share(model, shards, 0, 1, 8).logits[:8], logits)
+
+
+def test_a_view_that_cannot_be_decoded_is_left_out_of_the_mean(tmp_path: Path, model: AIM) -> None:
+    options = {**OPTIONS, "options": ClipOptions(num_frames=2, sampling="uniform", test_clips=2)}
+    folder = make_set(tmp_path / "set", [30, 30], classes=3, splits=("val",))
+    shards = ShardSet.open(folder, "val")
+    first, second = ([Turn(1, EVAL_EPOCH, view)] for view in (0, 1))
+    with ClipLoader(shards, [first, second], micro_batch=1, size=48, **options) as loader, torch.no_grad():
+        frame = next(loader).plans[0].stored[0]
+        good = model(next(loader).frames).softmax(1).numpy()
+    sample = shards[1]
+    with sample.shard.open("r+b") as file:
+        file.seek(sample.video_offset + int(sample.frames.offset[frame]) + 30)
+        file.write(b"damage")
+    result = evaluate_together(model, ShardSet.open(folder, "val"), 1, 4, options)
+    assert result.valid.tolist() == [True, True]
+    np.testing.assert_allclose(torch.from_numpy(result.logits[1:]).softmax(1), good, atol=1e-6)
+
+
+def test_sets_with_several_labels_are_judged_by_mean_average_precision(tmp_path: Path, model: AIM) -> None:
+    folder = make_set(tmp_path / "set", [6] * 6, classes=3, splits=("val",), multi_label=True)
+    shards = ShardSet.open(folder, "val")
+    result = share(model, shards, 0, 1, 4)
+    expected = [[int(c in {i % 3, i // 2 % 3}) for c in range(3)] for i in range(6)]
+    assert result.labels.tolist() == expected
+    metrics = result.metrics()
+    logits, labels = torch.from_numpy(result.logits).double(), torch.tensor(expected).double()
+    assert metrics["loss"] == pytest.approx(
+        -(labels * logits.sigmoid().log() + (1 - labels) * (-logits).sigmoid().log()).mean().item()
+    )
+    assert metrics["mean_average_precision"] == mean_average_precision(logits.numpy(), labels.numpy() > 0)
+    assert metrics["top1"] == np.mean([expected[i][c] for i, c in enumerate(result.logits.argmax(1))])
+    assert (metrics["samples"], metrics["undecodable"]) == (6, 0)
+    result.save(tmp_path / "predictions.npz", shards)
+    with np.load(tmp_path / "predictions.npz") as file:
+        assert file["labels"].tolist() == expected
+
+
+def test_average_precision_of_a_ranking_made_by_hand() -> None:
+    """Hits at ranks 1, 3 and 5: precision 1/1, 2/3, 3/5 there."""
+    scores, hits = np.asarray([0.1, 0.9, 0.5, 0.8, 0.7]), np.asarray([True, True, False, False, True])
+    assert average_precision(scores, hits) == pytest.approx((1 + 2 / 3 + 3 / 5) / 3)
+    assert average_precision(-np.arange(4.0), np.asarray([True, True, False, False])) == 1.0
+    assert average_precision(np.arange(4.0), np.asarray([True, False, False, False])) == 0.25
+    tied = np.asarray([1.0, 1.0, 0.0, 0.0])
+    for order in ([0, 1, 2, 3], [1, 0, 3, 2]):  # equal scores: 1 of 2, then 2 of 4
+        assert average_precision(tied, np.asarray([True, False, False, True])[order]) == pytest.approx(0.5)
+    table = np.stack([scores, scores, -scores], 1)
+    classes = np.stack([hits, np.zeros(5, bool), hits], 1)
+    expected = (average_precision(scores, hits) + average_precision(-scores, hits)) / 2
+    assert mean_average_precision(table, classes) == pytest.approx(expected)
 
 
 def test_sample_that_cannot_be_decoded_counts_nowhere(tmp_path: Path, model: AIM) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +15,13 @@ import pytest
 from PIL import Image
 
 from pipelines.shards import EncodedVideo, FrameTable, ShardWriter, checksum, write_manifest
+from tests.sets import make_set
 from tests.train.runs import FP32, launch, metrics, run_here, trace
+from train.checkpoint import identity
 from train.clock import WARMUP_STEPS, Clock
 from train.config import ScheduleConfig
+from train.evaluate import evaluate
+from train.resolve import load_config
 from train.schedule import crosses, learning_rate
 
 STEPS = 20
@@ -58,6 +63,65 @@ def test_batches_and_losses_do_not_depend_on_how_a_run_is_shared(packed: Path, t
     assert len(trace(four, 0)) == 2 * len(trace(two, 0)) == 2 * STEPS
 
 
+AUGMENTED = (
+    *("data.color_jitter=[0.4, 0.4, 0.4, 0.1]", "data.grayscale=0.2", "data.rand_augment=[2, 9]"),
+    *("data.random_erasing=0.25", "data.mixup_alpha=0.8", "data.cutmix_alpha=1.0"),
+)
+
+
+def test_augmented_batches_and_losses_do_not_depend_on_the_micro_batch(packed: Path, tmp_path: Path) -> None:
+    """Labels are mixed too: the losses would tell."""
+    settings = (FP32, "schedule.epochs=2", "train.label_smoothing=0.1", 'data.val_split=""', *AUGMENTED)
+    seen = []
+    for micro in (8, 2):
+        out = tmp_path / str(micro)
+        run_here(packed, out, *settings, f"ds.train_micro_batch_size_per_gpu={micro}")
+        lines = trace(out)
+        steps = [[line for line in lines if line["step"] == step] for step in range(1, 8)]
+        assert all(len(step) == 8 // micro and all(line["mix"] == step[0]["mix"] for line in step) for step in steps)
+        keys = ("samples", "frames", "boxes", "flips", "ops", "erased")
+        batches = [[list(itertools.chain(*(line[key] for line in step))) for key in keys] for step in steps]
+        losses = [sum(line["loss"] for line in step) / len(step) for step in steps]
+        seen.append(([step[0]["mix"] for step in steps], batches, losses))
+    (mixes, batches, losses), (mixes2, batches2, losses2) = seen
+    assert (mixes, batches) == (mixes2, batches2) and losses == pytest.approx(losses2, rel=1e-4)
+    assert {mix[1] is None for mix in mixes} == {True, False}, "both mixup and cutmix came up"
+    assert any(batch[4][0] for batch in batches) and any(any(batch[5]) for batch in batches)
+
+
+def test_run_on_a_set_with_several_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Mixed too; evaluated on one view while it trains, on all views at its end."""
+    folder = make_set(tmp_path / "set", [8, 9] * 6, classes=3, splits=("train", "val"), multi_label=True)
+    with pytest.raises(ValueError, match=r"train.label_smoothing = 0.1; allowed is 0: the videos of .* several labels"):
+        run_here(folder, tmp_path / "run", "train.label_smoothing=0.1")
+    assert not (tmp_path / "run").exists()
+    views = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        views.append(options["loader_options"]["options"].num_views)
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr("train.loop.evaluate", watched)
+    settings = ("data.test_clips=2", "data.test_crops=3", "train.eval_every=1", "schedule.epochs=3")
+    run_here(folder, tmp_path / "run", *settings, *AUGMENTED)
+    assert views == [1, 1, 6]
+    last = metrics(tmp_path / "run", "eval")[-1]
+    assert 0 < last["mean_average_precision"] <= 1 and last["samples"] == 12 and "top5" not in last
+    assert 0.3 < trace(tmp_path / "run")[0]["loss"] < 1.5, "of 3 classes, each learned as yes or no"
+    assert "mAP" in capsys.readouterr().out
+    with np.load(tmp_path / "run" / "predictions.npz") as file:
+        assert file["labels"].shape == (12, 3) and file["labels"][1].tolist() == [1, 1, 0]
+
+
+def test_how_a_run_is_tested_may_change_when_it_is_resumed() -> None:
+    configs = [load_config("demo", ["data.shards=x", f"data.test_clips={clips}"]) for clips in (1, 3)]
+    assert len({json.dumps(identity(config, fingerprint="", backbone="")) for config in configs}) == 1
+    other = load_config("demo", ["data.shards=x", "data.random_erasing=0.25"])
+    assert identity(other, fingerprint="", backbone="") != identity(configs[0], fingerprint="", backbone="")
+
+
 def colour_set(folder: Path) -> Path:
     """12 still videos, red or blue: what a model with random frozen weights can learn."""
     folder.mkdir()
@@ -69,10 +133,11 @@ def colour_set(folder: Path) -> Path:
         offsets = np.arange(6, dtype=np.int64) * len(jpeg)
         sizes, sums = np.full(6, len(jpeg), np.int32), np.full(6, checksum(jpeg), np.uint64)
         table = FrameTable(offsets, sizes, sums, np.arange(6, dtype=np.int32), np.ones(6, np.uint8))
-        writer.add(f"{i:06d}", i % 2, EncodedVideo(jpeg * 6, "mp4", table, 64, 48, 6, 30.0), {})
+        writer.add(f"{i:06d}", [i % 2], EncodedVideo(jpeg * 6, "mp4", table, 64, 48, 6, 30.0), {})
     entry = {"samples": 12, "shards": [asdict(writer.close())]}
     splits = {"train": entry, "val": entry}
-    write_manifest(folder, {"classes": ["red", "blue"], "profile": {"name": "jpeg"}, "splits": splits})
+    facts = {"classes": ["red", "blue"], "multi_label": False, "verified": True, "profile": {"name": "jpeg"}}
+    write_manifest(folder, {**facts, "splits": splits})
     return folder
 
 

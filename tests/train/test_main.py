@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from pipelines.shards import write_manifest
 from tests.sets import make_set
 from tests.train.runs import SCRIPT, arguments, launch, start
 from train.main import main
@@ -67,15 +66,6 @@ def damaged_index(tmp_path: Path) -> Path:
     return folder
 
 
-def foreign_label(tmp_path: Path) -> Path:
-    """A manifest that knows fewer classes than the index has labels."""
-    folder = copy_set(tmp_path)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    contents = {name: manifest[name] for name in ("classes", "profile", "splits")}
-    write_manifest(folder, contents | {"classes": ["only"]})
-    return folder
-
-
 def without_val(tmp_path: Path) -> Path:
     return make_set(tmp_path / "set", [6, 7], splits=("train",))
 
@@ -88,10 +78,8 @@ def nowhere(tmp_path: Path) -> Path:
     ("make", "settings", "said"),
     [
         (nowhere, (), "no such folder of shards"),
-        (without_shard, (), "train-000000.tar is listed in the manifest but missing"),
+        (without_shard, (), "4 of 4 samples of split 'train' cannot be read, more than data.max_bad_fraction = 0.01: "),
         (truncated_shard, (), "val-000000.tar has"),
-        (damaged_index, (), "train-000000.index.safetensors is damaged"),
-        (foreign_label, (), "has label 1, allowed are 0..0"),
         (without_val, (), "has no split 'val'; it has: train; name it in data.val_split, or train without"),
         (copy_set, ("data.train_split=training",), "has no split 'training'; it has: train, val"),
         (copy_set, ("model.name=ViT-B-61",), "'ViT-B-61'; close names: "),
@@ -141,10 +129,34 @@ def test_run_without_evaluation(tmp_path: Path) -> None:
     assert run["command"][0] == "train/main.py" and run["world_size"] == 1
 
 
-def test_data_that_cannot_be_decoded_stops_the_run_naming_it(tmp_path: Path) -> None:
+def zeroed_shard(tmp_path: Path) -> Path:
+    """As long as it was, and all zero."""
     folder = copy_set(tmp_path)
     size = (folder / "train-000000.tar").stat().st_size
-    (folder / "train-000000.tar").write_bytes(bytes(size))  # as long as it was, and all zero
-    with pytest.raises(ValueError, match=r"samples in a row cannot be decoded; last: .*checksum differs"):
-        main(arguments(folder, tmp_path / "run"))
+    (folder / "train-000000.tar").write_bytes(bytes(size))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [(zeroed_shard, "checksum differs"), (damaged_index, "train-000000.index.safetensors is damaged")],
+)
+def test_data_that_cannot_be_decoded_stops_the_run_naming_it(
+    tmp_path: Path, make: Callable[[Path], Path], said: str
+) -> None:
+    with pytest.raises(ValueError, match=r"samples in a row cannot be decoded; last: ") as failure:
+        main(arguments(make(tmp_path), tmp_path / "run"))
+    assert said in str(failure.value)
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_a_few_missing_shards_are_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = make_set(tmp_path / "set", [5] * 12, samples_a_shard=2, splits=("train",))
+    (folder / "train-000003.tar").unlink()
+    settings = ("data.max_bad_fraction=0.2", 'data.val_split=""', "schedule.epochs=1", "schedule.warmup_epochs=0")
+    assert main(arguments(folder, tmp_path / "run", *settings)) == 0
+    output, errors = capfd.readouterr()
+    assert (
+        "warning: 2 of 12 samples of split 'train' cannot be read" in errors and "train-000003.tar is missing" in errors
+    )
+    assert f"2 of 12 samples could not be decoded and were replaced by others: {tmp_path / 'run'}" in output

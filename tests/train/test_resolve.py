@@ -20,7 +20,8 @@ def test_defaults_are_the_published_ones() -> None:
     config = load_config("aim_b16_k400")
     assert (config.model.name, config.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
     assert {k: getattr(config.model, k) for k in asdict(AIMOptions())} == asdict(AIMOptions())
-    assert {k: getattr(config.data, k) for k in asdict(ClipOptions())} == asdict(ClipOptions())
+    published = ClipOptions(test_clips=3, eval_crop=1.0)  # the official test; its validation is the default
+    assert {k: getattr(config.data, k) for k in asdict(published)} == asdict(published)
     assert asdict(config.optimizer) == {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
     assert asdict(config.schedule) == {"epochs": 30.0, "warmup_epochs": 2.5, "warmup_start": 0.1}
     assert config.deepspeed["train_batch_size"] == 64 and config.deepspeed["gradient_clipping"] == 0.0
@@ -93,6 +94,12 @@ def test_deepspeed_file_of_the_command_line_wins_over_the_recipes(tmp_path: Path
         ("data.num_frames=8.5", "allowed is a whole number"),
         ("data.sampling=densely", "allowed are dense, uniform"),
         ("data.flip=2", "allowed is a probability"),
+        ("data.rand_augment=4", "data.rand_augment = 4; allowed is a list, each a number"),
+        ("data.rand_augment=[4]", "data.rand_augment = [4.0]; allowed is [] or [n, m] or [n, m, mstd]"),
+        ("data.color_jitter=[0.4, 0.4]", "allowed is [a number, a number, a number, a number]"),
+        ("data.colour_jitter=[0.4, 0.4, 0.4, 0.1]", "did you mean data.color_jitter?"),
+        ("data.test_crops=2", "data.test_crops = 2; allowed is 1 or 3"),
+        ("data.mixup_alfa=0.8", "did you mean data.mixup_alpha?"),
         ("data.workers=-1", "allowed is 0 (automatic) to 256"),
         ("model.method=vivit", "allowed is aim"),
         ('model.adapters=["spatially"]', "is none of spatial, temporal, joint"),
@@ -163,6 +170,33 @@ def test_batch_is_shared_equally(total: int, micro: int, world: int, expected: t
 def test_batch_that_cannot_be_shared_is_refused_with_sizes_that_can() -> None:
     with pytest.raises(ValueError, match=r"set it to 63 or 66 .* or start 1, 2, 4, 8, 16, 32, 64 processes"):
         resolve_batch({"train_batch_size": 64, "train_micro_batch_size_per_gpu": 8}, 3)
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "world", "expected"),
+    [(64, 16, 1, (16, 4)), (20, 5, 1, (4, 5)), (24, 8, 2, (6, 2)), (24, 9, 2, (6, 2)), (6, 64, 3, (2, 1))],
+)
+def test_clips_that_are_mixed_come_in_pairs(total: int, micro: int, world: int, expected: tuple[int, int]) -> None:
+    document = {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro}
+    batch = resolve_batch(document, world, in_pairs=True)
+    assert (batch.micro, batch.accumulation) == expected
+    assert bool(batch.note) == (batch.micro != micro)
+
+
+@pytest.mark.parametrize(
+    ("total", "micro", "world", "said"),
+    [
+        (15, 15, 1, "gives each of 1 processes 15 clips, and mixup and cutmix take them in pairs: set it to 14 or 16"),
+        (8, 4, 8, "in pairs: set it to 16 (--set ds.train_batch_size=16)"),
+        (8, 1, 2, "train_micro_batch_size_per_gpu = 1: mixup and cutmix take clips in pairs; set it to 2, 4 (--set"),
+    ],
+)
+def test_batch_that_leaves_a_clip_without_its_pair_is_refused(total: int, micro: int, world: int, said: str) -> None:
+    document = {"train_batch_size": total, "train_micro_batch_size_per_gpu": micro}
+    with pytest.raises(ValueError) as failure:
+        resolve_batch(document, world, in_pairs=True)
+    assert said in str(failure.value) and "\n" not in str(failure.value)
+    assert resolve_batch(document, world).total == total
 
 
 def test_keys_we_pass_on_are_keys_that_deepspeed_knows() -> None:
