@@ -153,12 +153,11 @@ class Journal:
 
     def _read(self) -> dict[str, Any] | None:
         """The header; None where not even that is whole. A line that was torn ends the journal."""
-        lines = self._file.read().splitlines(keepends=True)
+        whole = self._file.read().rpartition(b"\n")[0]
+        lines = [line + b"\n" for line in whole.split(b"\n")]
         try:
-            header = dict(json.loads(lines[0])) if lines and lines[0].endswith(b"\n") else None
-        except ValueError:
-            header = None
-        if header is None:
+            header = dict(json.loads(lines[0]))
+        except (ValueError, TypeError):
             return None
         self._first_line_bytes = self._end = len(lines[0])
         for line in lines[1:]:

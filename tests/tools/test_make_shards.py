@@ -74,19 +74,47 @@ def test_mistakes_end_in_one_line(videos: Path, tmp_path: Path, arguments: list[
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.packing").exists()
 
 
-def test_ended_by_a_scheduler_nothing_is_left(tmp_path: Path) -> None:
-    folder = tmp_path / "videos"
-    for name in ("a", "b"):
-        (folder / name).mkdir(parents=True)
-        for i in range(8):
-            write_video(folder / name / f"{i}.mp4", 90, (320, 240))
-    command = [sys.executable, str(ROOT / "tools/make_shards.py"), str(folder), "--out", str(tmp_path / "out")]
-    process = subprocess.Popen([*command, "--workers", "1"], stderr=subprocess.PIPE, text=True)
-    part = tmp_path / ".out.packing/shards/.train-000000.tar.part"  # there once the worker is at it
+def test_a_copy_that_is_not_verified_says_so(videos: Path, tmp_path: Path) -> None:
+    arguments = (videos, "--out", tmp_path / "out", "--no-verify", "--workers", "1")
+    refused = make_shards(*arguments)
+    assert refused.returncode == 2 and "only copy can leave that out" in refused.stderr
+    run = make_shards(*arguments, "--profile", "copy")
+    assert (run.returncode, run.stderr) == (0, "") and "8 videos, not verified, 2 s of video" in run.stdout
+    assert not ShardSet.open(tmp_path / "out", "train").verified
+
+
+def end_early(arguments: list[str], sign: Path) -> tuple[int, str]:
+    """Runs the program and ends it, as a scheduler does, once a file has appeared: exit status and errors."""
+    command = [sys.executable, str(ROOT / "tools/make_shards.py"), *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     deadline = time.monotonic() + 60
-    while not part.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    while not sign.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     process.terminate()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in errors
-    assert [path.name for path in tmp_path.iterdir()] == ["videos"]
+    return process.wait(timeout=60), process.communicate()[1]
+
+
+def test_ended_by_a_scheduler_finished_shards_are_kept_and_the_run_goes_on(tmp_path: Path) -> None:
+    source, out, part = tmp_path / "videos", tmp_path / "out", tmp_path / ".out.packing"
+    video = write_video(tmp_path / "one.avi", 60, (320, 240), codec="ffv1", pix_fmt="bgr0")
+    for name in ("a", "b"):
+        (source / name).mkdir(parents=True)
+        for i in range(5):
+            (source / name / f"{i}.avi").write_bytes(video.read_bytes().ljust(700_000, b"\0"))
+    video.unlink()
+    arguments = [str(source), "--out", str(out), "--profile", "copy", "--max-shard-mb", "1", "--workers", "1"]
+    status, errors = end_early(arguments, part / "journal.jsonl")
+    assert (status, errors) == (143, "")
+    assert [path.name for path in tmp_path.iterdir()] == ["videos"]  # not even a first shard was finished
+    status, errors = end_early(arguments, part / "shards/.train-000003.tar.part")
+    assert status == 143 and errors.count("\n") == 1
+    assert f"finished shards are kept in {part}: the same command goes on from them" in errors
+    refused = make_shards(*arguments, "--seed", "1")
+    assert refused.returncode == 2 and "seed is 0 there and 1 now" in refused.stderr
+    again = make_shards(*arguments)
+    assert again.returncode == 0 and "10 videos" in again.stdout
+    assert make_shards(*arguments[:2], str(tmp_path / "whole"), *arguments[3:]).returncode == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+    assert not part.exists()
