@@ -21,7 +21,7 @@ READMES = ("README.md", "pipelines/README.md")
 
 NOT_RUN = {
     "make demo": "its quick version is run by tests/tools/test_run_demo.py",
-    "python tools/bench_pipeline.py": "takes minutes; tests/tools/test_bench_pipeline.py runs it with fewer, shorter clips",
+    "python tools/bench_pipeline.py": "tests/tools/test_bench_pipeline.py runs it with fewer, shorter clips",
     "make test": "is what runs this test",
     "make setup": "ran before this test could",
     "source .venv/bin/activate": "the tests already run inside that environment",
