@@ -18,8 +18,8 @@ help: ## list these targets
 
 setup: $(STAMP) ## create .venv from requirements.lock (about 3 minutes, 6 GB; PYTHON=python3)
 
-test: lint ## set up, lint, type-check and run the tests: what CI runs (ARGS="-k name" goes to pytest)
-	@$(RUN) pytest $(ARGS)
+test: lint ## set up, lint, type-check and run the tests: what CI runs (on up to 4 cores; ARGS="-k name" goes to pytest)
+	@$(RUN) pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
 stress: setup ## the long versions of tests/stress: kills, mutated samples, memory over 20,000 batches (an hour)
 	@$(RUN) STRESS=1 pytest tests/stress --timeout=10800 -s $(ARGS)

@@ -111,7 +111,7 @@ class Aim:
 
 def victim(source: Path, listing: Listing, out: Path, marks: Marks, aim: Aim, connection: Connection) -> None:
     """Packs, and tells when the moment has come."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    os.dup2(os.open(out.with_name("errors.txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     counter = FORK.Value("i", 0)
 
     def strike(side: str) -> None:
@@ -166,6 +166,15 @@ def use_forked_workers(patch: Callable[[Any, str, Any], None], *kept: int) -> No
     patch(pack, "_work", alone)
 
 
+def wait_for_workers(connection: Connection) -> None:
+    """Until nobody is left who could write to the other end: workers end with their packer, however it ends."""
+    with suppress(EOFError):
+        while True:
+            assert connection.poll(20), "workers outlive their packer"
+            connection.recv_bytes()
+    connection.close()
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
@@ -214,12 +223,12 @@ def test_killed_packers_leave_nothing_torn_and_are_continued(
                     time.sleep(float(random.exponential(0.002)))
                 os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
-        here.close()
+        wait_for_workers(here)
         if process.exitcode == -signal.SIGKILL:
             struck[marks.where()] += 1
             check_leftovers(out, expected)
         else:
-            assert process.exitcode == 0, f"packing failed instead of being continued (aimed at {vars(aim)})"
+            assert process.exitcode == 0, f"aimed at {vars(aim)}: {out.with_name('errors.txt').read_text()}"
         if out.exists() or random.random() < 0.15:
             if not out.exists():
                 pack_videos(source, listing, out, SETTINGS, workers=WORKERS)
