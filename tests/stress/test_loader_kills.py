@@ -163,7 +163,8 @@ def test_killed_loaders_are_continued_to_the_last_bit(tmp_path: Path, profile: s
         assert seen == expected[position : position + len(seen)]
         position += len(seen)
     print(f"\n{profile}: {kills} kills, {position} batches bit-equal; killed while {dict(hit)}")
-    assert sorted(os.listdir("/dev/shm")) == before
+    if "PYTEST_XDIST_WORKER" not in os.environ:  # with it, other tests write there at the same time
+        assert sorted(os.listdir("/dev/shm")) == before
     assert position > kills // 2 and len(hit) > (5 if FULL else 1)
 
 
