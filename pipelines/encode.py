@@ -1,4 +1,4 @@
-"""Storing videos: the four profiles. With `video.py` the only files that import PyAV.
+"""Storing videos: the four profiles. What becomes of colours and sizes on the way is in `colour.py`.
 
 `jpeg` is Motion-JPEG, every frame a JPEG of its own; `h264` and `hevc` are closed groups of 8 frames without B-frames;
 `copy` is the source's own bytes, verified. What is encoded is full-range BT.601 whatever the source: JPEG decoders
@@ -17,34 +17,25 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import av
-import cv2
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
-from numpy.typing import NDArray
+from av.video.reformatter import ColorRange
 
 from pipelines.annotations import VIDEO_SUFFIXES
 from pipelines.shards import EncodedVideo, FrameTable, checksum
-from pipelines.video import Orientation, Reader, ShownFrame, VideoError, open_video, plane_view
+from pipelines.video import Orientation, Reader, ShownFrame, VideoError, open_video
 
 MAX_STORED_BYTES = 2**31 - 1  # frame sizes are 32-bit in the index, and a video is held in memory while it is packed
 
 _TICKS = 90_000  # of the stored time stamps, per second
 _TIME_BASE = Fraction(1, _TICKS)
 _GOP = 8  # frames from keyframe to keyframe in the h264 and hevc profiles
-_SCALE = Interpolation.BICUBIC  # widens its filter when it shrinks: nothing aliases; ACCURATE_RND costs a frame's
-# conversion again and moves no mean by more than 0.04
-_LUMA_WEIGHTS = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722), "bt2020": (0.2627, 0.0593)}  # of red and blue
-_MATRIX_OF_TAG = {1: "bt709", 9: "bt2020", 10: "bt2020"}  # AVColorSpace; others, and no tag, count as BT.601
-_LEFT_TO_CENTRE = np.array([[-9, 111, 29, -3]], np.float32) / 128  # Catmull-Rom a quarter of a sample to the right
 
-_STORED_FORMAT = "yuvj420p"
 SIDE_MULTIPLE = {"jpeg": 2, "h264": 16, "hevc": 16}  # both sides are made a multiple of this
-_USUAL_FORMATS = ("yuv420p", "yuvj420p")
 
 
 class _Quantisers(NamedTuple):
@@ -57,20 +48,20 @@ class _Quantisers(NamedTuple):
 
 # Linear in between. Measured on the 20 sources of tools/bench_sources.py (natural video, 340 × 256, 432 kb/s) at every
 # 4th frame, in RGB against the source frames scaled alike; bytes as a part of the source's as JPEG, H.264 and HEVC:
-# 100 → 45.6 dB, 3.39, 2.15, 1.82; 90 → 41.3 dB, 1.70, 1.00, 0.88; 80 → 39.5 dB, 1.35, 0.75, 0.64; 75 → 38.9 dB, 1.24,
-# 0.68, 0.58; 50 → 36.6 dB, 0.91, 0.47, 0.37; 15 → 32.4 dB, 0.52, 0.22, 0.16; 1 → 30.6 dB, 0.42, 0.16, 0.11. At every
+# 100 → 45.6 dB, 3.39, 2.16, 1.82; 90 → 41.3 dB, 1.70, 1.00, 0.88; 80 → 39.5 dB, 1.35, 0.75, 0.64; 75 → 38.9 dB, 1.24,
+# 0.68, 0.58; 50 → 36.6 dB, 0.91, 0.46, 0.37; 15 → 32.4 dB, 0.52, 0.22, 0.16; 1 → 30.6 dB, 0.42, 0.15, 0.11. At every
 # frame H.264 is 0.6 dB lower, at every 8th 1.2 dB higher: x264 spends more on frames that stay longer.
 _QUALITY = {
-    1: _Quantisers(31.0, 40.2, 35.5),
-    15: _Quantisers(20.0, 37.0, 32.3),
-    30: _Quantisers(12.0, 33.1, 28.2),
-    50: _Quantisers(8.0, 30.2, 25.1),
-    65: _Quantisers(6.0, 27.8, 22.7),
-    75: _Quantisers(5.0, 26.5, 21.2),
-    83: _Quantisers(4.0, 25.0, 19.7),
-    90: _Quantisers(3.0, 22.7, 17.4),
-    95: _Quantisers(2.0, 19.5, 14.4),
-    100: _Quantisers(1.0, 14.5, 10.0),
+    1: _Quantisers(31.0, 39.0, 35.5),
+    15: _Quantisers(20.0, 35.8, 32.3),
+    30: _Quantisers(12.0, 31.9, 28.2),
+    50: _Quantisers(8.0, 29.0, 25.1),
+    65: _Quantisers(6.0, 26.6, 22.7),
+    75: _Quantisers(5.0, 25.3, 21.2),
+    83: _Quantisers(4.0, 23.8, 19.7),
+    90: _Quantisers(3.0, 21.5, 17.4),
+    95: _Quantisers(2.0, 18.3, 14.4),
+    100: _Quantisers(1.0, 13.3, 10.0),
 }
 DEFAULT_QUALITY = 80
 """For pictures stored at about their own size: above 38 dB, JPEG below 1.6 of the source's bytes, H.264 below 1."""
@@ -121,7 +112,6 @@ def encode_video(
     profiles that encode; `verify=False`, for copy only, decodes the first frame alone. Raises VideoError with a reason,
     or OSError where the file cannot be read.
     """
-    cv2.setNumThreads(1)
     if profile == "copy":
         return copy_video(path, verify=verify)
     return _encode(path, profile, choice, short_side, quality)
@@ -150,9 +140,11 @@ def encoder_settings(profile: str, quality: int) -> EncoderSettings:
             "crf": f"{quantisers.x264_crf:.1f}",
             "preset": "medium",
             "tune": "fastdecode",  # no CABAC, no deblocking: half the decoding time for a seventh more bytes
-            # chromaloc: chroma centred, as `_Converter` makes it. The others: at the same bytes 1.2 dB more in RGB than
-            # the preset, whose adaptive quantisation and psychovisual decisions favour what people see.
-            "x264-params": "open-gop=0:chromaloc=1:aq-mode=0:psy=0:chroma-qp-offset=-3:ref=1:me=dia",
+            # chromaloc: chroma centred, as `colour.Converter` makes it. The others: at the same bytes 1.2 dB more in
+            # RGB than the preset, whose adaptive quantisation and psychovisual decisions favour what people see. mbtree
+            # costs 0.1 dB to leave out, but its assembly reads past its tables where the number of macroblocks is no
+            # multiple of 16, and the bytes then depend on what lay there.
+            "x264-params": "open-gop=0:chromaloc=1:mbtree=0:aq-mode=0:psy=0:chroma-qp-offset=-3:ref=1:me=dia",
         }
         return EncoderSettings("libx264", group | options)
     if "libx265" not in av.codecs_available:
@@ -195,13 +187,16 @@ def check_quality(quality: int) -> None:
 
 def library_versions() -> dict[str, str]:
     """Versions of everything that stored bytes depend on."""
-    libraries = {name: ".".join(map(str, version)) for name, version in av.library_versions.items()}
-    return {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info, **libraries, "cv2": cv2.__version__}
+    libraries = {name: ".".join(map(str, numbers)) for name, numbers in av.library_versions.items()}
+    libraries["opencv"] = version("opencv-python-headless")
+    return {"av": av.__version__, "ffmpeg": av.ffmpeg_version_info, **libraries}
 
 
 def _encode(
     source: Path, profile: str, choice: FrameChoice, short_side: int | None, quality: int | None
 ) -> EncodedVideo:
+    from pipelines.colour import STORED_FORMAT, Converter  # not for `copy`, which needs no OpenCV
+
     sink = io.BytesIO()
     source_frames: list[int] = []
     with open_video(source) as reader, av.open(sink, "w", format="mp4") as container:
@@ -211,8 +206,8 @@ def _encode(
                 size = _stored_size(frame.picture, reader.orientation, short_side, SIDE_MULTIPLE[profile])
                 asked = _default_quality(frame.picture, size) if quality is None else quality
                 settings = encoder_settings(profile, asked)
-                stream = _add_stream(container, settings, size, reader)
-                converter = _Converter(frame.picture, size, reader.orientation)
+                stream = _add_stream(container, settings, size, STORED_FORMAT, reader)
+                converter = Converter(frame.picture, size, reader.orientation)
             picture = converter.convert(frame.picture)
             picture.pts, picture.time_base = round(seconds * _TICKS), _TIME_BASE
             if settings.qscale is not None:
@@ -244,12 +239,12 @@ def _default_quality(picture: av.VideoFrame, size: tuple[int, int]) -> int:
     return SHRUNK_QUALITY if 4 * size[0] * size[1] <= picture.width * picture.height else DEFAULT_QUALITY
 
 
-def _add_stream(container: Any, settings: EncoderSettings, size: tuple[int, int], reader: Reader) -> Any:
+def _add_stream(container: Any, settings: EncoderSettings, size: tuple[int, int], pix_fmt: str, reader: Reader) -> Any:
     fps = Fraction(min(max(reader.fps, 1.0), 1000.0)).limit_denominator(1001)  # nominal: every frame has a time stamp
     stream = container.add_stream(settings.codec, rate=fps)
     context = stream.codec_context
     context.width, context.height = size
-    context.pix_fmt = _STORED_FORMAT
+    context.pix_fmt = pix_fmt
     context.time_base = _TIME_BASE
     context.thread_count = 1
     context.options = settings.options
@@ -302,121 +297,6 @@ def _stored_size(
         return max(multiple, nearest if nearest <= pixels else nearest - multiple)
 
     return side(width), side(height)
-
-
-class _Converter:
-    """Turns decoded pictures into stored ones: scaled, upright, 8-bit 4:2:0, full-range BT.601, chroma centred.
-
-    swscale scales. Matrix, range and chroma's place are made here, each value rounded once: swscale rounds chroma down
-    (means off by up to 1.5) and places it left, where JPEG decoders expect it centred (1 dB). The usual source, 8-bit
-    4:2:0, keeps its half-size chroma all the way; any other goes through 16-bit 4:4:4.
-    """
-
-    def __init__(self, first: av.VideoFrame, size: tuple[int, int], orientation: Orientation) -> None:
-        self._size = size
-        self._orientation = orientation
-        self._scalers = VideoReformatter(), VideoReformatter()  # kept: setting one up costs as much as a frame
-        self._chroma_is_left = False
-        if first.format.name in _USUAL_FORMATS:
-            self._chroma_is_left = self._finds_chroma_left(first)
-
-    def convert(self, picture: av.VideoFrame) -> av.VideoFrame:
-        """A new picture in `_STORED_FORMAT`."""
-        usual = picture.format.name in _USUAL_FORMATS
-        y, u, v = self._scaled(picture, picture.format.name) if usual else self._half_size_chroma(picture)
-        matrix, offset = _matrix_to_bt601(*_colours(picture), 1 if usual else 256)
-        stored = av.VideoFrame(*self._size, _STORED_FORMAT)
-        planes = [plane_view(plane) for plane in stored.planes]
-        turned = self._orientation != Orientation()
-        luma, cb, cr = [np.empty(plane.shape, np.uint8) for plane in (y, u, v)] if turned else planes
-        if not any(matrix[0][1:]):  # the source's matrix is ours: luma needs luma alone, Cb Cb, and Cr Cr
-            cv2.addWeighted(y, matrix[0][0], y, 0, offset[0], luma, cv2.CV_8U)
-            for plane, row, target in ((u, 1, cb), (v, 2, cr)):
-                self._move_chroma(plane, matrix[row][row], offset[row], target)
-        else:
-            u, v = (self._move_chroma(plane) for plane in (u, v))
-            tint = cv2.addWeighted(u, matrix[0][1], v, matrix[0][2], offset[0], dtype=cv2.CV_32F)
-            tint = cv2.resize(tint, luma.shape[::-1], interpolation=cv2.INTER_LINEAR)
-            cv2.addWeighted(y, matrix[0][0], tint, 1, 0, luma, cv2.CV_8U)
-            for row, target in ((1, cb), (2, cr)):
-                cv2.addWeighted(u, matrix[row][1], v, matrix[row][2], offset[row], target, cv2.CV_8U)
-        if turned:
-            for plane, upright in zip((luma, cb, cr), planes, strict=True):
-                upright[:] = self._orientation.apply(plane)
-        return stored
-
-    def _move_chroma(
-        self, plane: NDArray[Any], gain: float = 1.0, offset: float = 0.0, target: NDArray[np.uint8] | None = None
-    ) -> NDArray[Any]:
-        """Chroma in its stored place, times `gain` plus `offset`; in 8 bits where a `target` takes it, else float."""
-        depth = cv2.CV_32F if target is None else cv2.CV_8U
-        if self._chroma_is_left:
-            border, kernel = cv2.BORDER_REPLICATE, _LEFT_TO_CENTRE * gain
-            moved = cv2.filter2D(plane, depth, kernel, target, anchor=(1, 0), delta=offset, borderType=border)
-        else:
-            moved = cv2.addWeighted(plane, gain, plane, 0, offset, target, depth)
-        return cast(NDArray[Any], moved)
-
-    def _half_size_chroma(self, picture: av.VideoFrame) -> list[NDArray[Any]]:
-        """Y [H, W], Cb and Cr [H / 2, W / 2], centred, in 16 bits and of any format."""
-        y, u, v = self._scaled(picture, "yuv444p16le")
-        half = (y.shape[1] // 2, y.shape[0] // 2)
-        return [y, *(cv2.resize(plane, half, interpolation=cv2.INTER_AREA) for plane in (u, v))]
-
-    def _scaled(self, picture: av.VideoFrame, pix_fmt: str) -> list[NDArray[Any]]:
-        width, height = self._orientation.upright_size(*self._size)
-        is_rgb = picture.format.is_rgb
-        wide = pix_fmt == "yuv444p16le"
-        scaled = self._scalers[wide].reformat(
-            picture,
-            width,
-            height,
-            pix_fmt,
-            interpolation=_SCALE,
-            threads=1,
-            dst_colorspace=Colorspace.ITU601 if is_rgb else None,
-            dst_color_range=ColorRange.MPEG if is_rgb else None,
-        )
-        return [plane_view(plane, np.uint16 if wide else np.uint8) for plane in scaled.planes]
-
-    def _finds_chroma_left(self, picture: av.VideoFrame) -> bool:
-        """Whether the source's chroma stands above its left luma pixel (H.264, HEVC), not between two (JPEG, MPEG-1).
-
-        PyAV does not tell, but swscale knows: it is asked for chroma at full size.
-        """
-        planes = self._scaled(picture, picture.format.name)[1:]
-        centred = self._half_size_chroma(picture)[1:]
-        errors = []
-        for self._chroma_is_left in (True, False):
-            moved = [self._move_chroma(plane) for plane in planes]
-            errors.append(sum(float(np.abs(a - b / 256).mean()) for a, b in zip(moved, centred, strict=True)))
-        return errors[0] <= errors[1]
-
-
-def _colours(picture: av.VideoFrame) -> tuple[str, bool]:
-    """Matrix and full range of what `_Converter._scaled` gives of a picture."""
-    if picture.format.is_rgb:
-        return "bt601", False
-    full = picture.color_range == ColorRange.JPEG or picture.format.name.startswith(("yuvj", "gray", "ya"))
-    return _MATRIX_OF_TAG.get(int(picture.colorspace), "bt601"), full
-
-
-@lru_cache
-def _matrix_to_bt601(source: str, source_full: bool, unit: int) -> tuple[list[list[float]], list[float]]:
-    """[3, 3] and [3] that take Y, Cb, Cr of `source`, in steps of 1 / `unit`, to 8-bit full-range ones of BT.601."""
-
-    def to_rgb(name: str) -> NDArray[np.float64]:
-        red, blue = _LUMA_WEIGHTS[name]
-        green = 1 - red - blue
-        of_cb, of_cr = 2 * (1 - blue), 2 * (1 - red)
-        return np.array([[1, 0, of_cr], [1, -blue * of_cb / green, -red * of_cr / green], [1, of_cb, 0]])
-
-    source_span = np.array([255, 255, 255] if source_full else [219, 224, 224])  # 8-bit steps per unit
-    source_zero = np.array([0 if source_full else 16, 128, 128])
-    matrix = np.linalg.solve(to_rgb("bt601"), to_rgb(source)) * 255 / source_span
-    matrix[np.abs(matrix) < 1e-9] = 0
-    offset = np.array([0, 128, 128]) - matrix @ source_zero
-    return (matrix / unit).tolist(), offset.tolist()
 
 
 def _read_back(data: bytes, source_frames: Sequence[int]) -> tuple[FrameTable, bytes]:

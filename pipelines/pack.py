@@ -14,22 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import hashlib
 import json
-import math
-import multiprocessing
 import os
 import re
-import resource
-import signal
-import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib import metadata
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,14 +31,13 @@ import numpy as np
 from pipelines.annotations import SPLITS, Listing, Video
 from pipelines.encode import FrameChoice, check_quality, encode_video, library_versions
 from pipelines.journal import FinishedShard, Journal, Packed, Reject, remove_leftover, sync_folder
+from pipelines.processes import Lost, map_isolated
 from pipelines.shards import PROFILES, EncodedVideo, ShardInfo, ShardWriter, write_durably, write_manifest
 from pipelines.video import VideoError
 
 _Result = tuple[EncodedVideo, int] | Reject  # what a worker makes of a video; the number is its source's bytes
 
-_PROCESSES = multiprocessing.get_context("spawn")  # fork would copy the parent's threads and locks in unknown states
 _VIDEOS_AHEAD = 3  # per worker: how far workers may run ahead of the writer
-_WORKER_BYTES = 16 * 2**30  # address space; a hostile index of a few bytes makes FFmpeg take as much as there is
 _LOST_IN_A_ROW = 20  # videos that cannot be read one after another: that is a broken disk or share, not broken videos
 
 
@@ -245,8 +237,10 @@ class _Packer:
         """Packs the videos that are left."""
         paths = [self._source / video.path for video in self._plan[self._position :]]
         try:
-            with _Pool(min(workers, len(paths)), self._settings) as pool:
-                for result in self._sure(pool.encode(paths)):
+            encode, timeout = partial(_encode, self._settings), self._settings.timeout_seconds
+            results = map_isolated(encode, paths, workers=workers, timeout_seconds=timeout, ahead=_VIDEOS_AHEAD)
+            with contextlib.closing(results):
+                for result in self._sure(results):
                     self._take(self._plan[self._position], result)
         except BaseException:
             if self._writer is not None:
@@ -254,11 +248,12 @@ class _Packer:
                     self._writer.discard()
             raise
 
-    def _sure(self, results: Iterator[_Result]) -> Iterator[_Result]:
+    def _sure(self, results: Iterator[_Result | Lost]) -> Iterator[_Result]:
         """The same results. One file that cannot be read is a reject; many in a row are a broken disk or share, and
         end the run before it takes account of any of them, so that they are tried again when it is continued."""
         lost: list[Reject] = []
-        for result in results:
+        for answer in results:
+            result = Reject(answer.reason, answer.detail) if isinstance(answer, Lost) else answer
             if isinstance(result, Reject) and result.reason in ("missing", "read_error"):
                 lost.append(result)
                 if len(lost) == _LOST_IN_A_ROW:
@@ -345,126 +340,7 @@ def _facts(video: Video, labels: Sequence[int], encoded: EncodedVideo, profile: 
     }
 
 
-@dataclass(slots=True)
-class _Worker:
-    process: Any
-    connection: Connection
-    task: int | None = None
-    deadline: float = math.inf
-
-
-class _Pool:
-    """Long-lived processes that encode one video at a time and are replaced when they die or hang."""
-
-    def __init__(self, workers: int, settings: PackSettings) -> None:
-        self._settings = settings
-        self._workers = [self._start() for _ in range(workers)]
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.process.kill()
-            worker.process.join()
-            worker.connection.close()
-
-    def encode(self, paths: Sequence[Path]) -> Iterator[_Result]:
-        """The results in the order of `paths`."""
-        done: dict[int, _Result] = {}
-        started = 0
-        for wanted in range(len(paths)):
-            while wanted not in done:
-                ahead = wanted + _VIDEOS_AHEAD * len(self._workers)
-                for slot, worker in enumerate(self._workers):
-                    if worker.task is None and started < min(len(paths), ahead):
-                        self._give(slot, started, paths[started])
-                        started += 1
-                self._collect(done)
-            yield done.pop(wanted)
-
-    def _start(self) -> _Worker:
-        here, there = _PROCESSES.Pipe()
-        process = _PROCESSES.Process(target=_work, args=(there, self._settings), daemon=True)
-        process.start()
-        there.close()
-        return _Worker(process, here)
-
-    def _give(self, slot: int, task: int, path: Path) -> None:
-        worker = self._workers[slot]
-        worker.task, worker.deadline = task, time.monotonic() + self._settings.timeout_seconds
-        with contextlib.suppress(BrokenPipeError):  # it died while idle: `_collect` sees the end of its connection
-            worker.connection.send(path)
-
-    def _collect(self, done: dict[int, _Result]) -> None:
-        """Waits for the next result, death or timeout."""
-        busy = [worker for worker in self._workers if worker.task is not None]
-        first_deadline = min(worker.deadline for worker in busy)
-        ready = wait([worker.connection for worker in busy], max(0.0, first_deadline - time.monotonic()))
-        for slot, worker in enumerate(self._workers):
-            task = worker.task
-            if task is None:
-                continue
-            if worker.connection in ready:
-                try:
-                    done[task] = _receive(worker.connection)
-                    worker.task = None
-                except (EOFError, OSError):
-                    worker.process.join()
-                    done[task] = Reject("decoder_crash", f"the decoder died ({_cause(worker.process.exitcode)})")
-                    self._replace(slot)
-            elif time.monotonic() >= worker.deadline:
-                done[task] = Reject("timeout", f"took longer than {self._settings.timeout_seconds:g} s")
-                self._replace(slot)
-
-    def _replace(self, slot: int) -> None:
-        worker = self._workers[slot]
-        worker.process.kill()
-        worker.process.join()
-        worker.connection.close()
-        self._workers[slot] = self._start()
-
-
-def _receive(connection: Connection) -> _Result:
-    result: _Result = connection.recv()
-    if isinstance(result, Reject):
-        return result
-    video, source_bytes = result
-    return replace(video, data=connection.recv_bytes()), source_bytes
-
-
-def _work(connection: Connection, settings: PackSettings) -> None:
-    """The life of a worker: encodes what it is given until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _WORKER_BYTES if hard == resource.RLIM_INFINITY else min(_WORKER_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    gc.freeze()  # what was imported stays
-    gc.disable()  # looking for cycles at every few hundred packets costs 4 % of a video
-    while True:
-        gc.collect()  # an open file of PyAV is one
-        try:
-            result = _encode(connection.recv(), settings)
-            if isinstance(result, Reject):
-                connection.send(result)
-            else:  # the bytes on their own: pickling would hold them twice
-                video, source_bytes = result
-                connection.send((replace(video, data=b""), source_bytes))
-                connection.send_bytes(video.data)
-        except (EOFError, ConnectionError):
-            return
-
-
-def _end_with_parent() -> None:
-    """A killed packer must not leave a worker behind that decodes for nobody."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _encode(path: Path, settings: PackSettings) -> _Result:
+def _encode(settings: PackSettings, path: Path) -> _Result:
     """The stored video, and how many bytes its source has."""
     try:
         source_bytes = path.stat().st_size
@@ -487,12 +363,6 @@ def _encode(path: Path, settings: PackSettings) -> _Result:
         return Reject("read_error", error.strerror or str(error))
     except Exception as error:  # a defect of ours must not cost hours of packing; it is listed like any reject
         return Reject("internal_error", f"{type(error).__name__}: {error}")
-
-
-def _cause(exit_code: int | None) -> str:
-    if exit_code is not None and exit_code < 0:
-        return signal.Signals(-exit_code).name
-    return f"exit status {exit_code}"
 
 
 def _write_rejects(folder: Path, report: PackReport) -> None:

@@ -7,6 +7,7 @@ them. An input that kills its process, or takes too long, is answered by a `Lost
 from __future__ import annotations
 
 import contextlib
+import gc
 import math
 import multiprocessing
 import os
@@ -14,7 +15,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -23,7 +24,6 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _SPAWN = multiprocessing.get_context("spawn")  # fork would copy the parent's threads and locks in unknown states
-_TASKS_AHEAD = 8  # per process: how far they may run ahead of who takes the results
 _MAX_BYTES = 16 * 2**30  # of address space a process: a file that wants more ends as a MemoryError
 
 
@@ -45,11 +45,16 @@ class _Process:
 
 
 def map_isolated(
-    function: Callable[[Task], Result], tasks: Iterable[Task], *, workers: int, timeout_seconds: float = math.inf
-) -> Iterator[Result | Lost]:
+    function: Callable[[Task], Result],
+    tasks: Iterable[Task],
+    *,
+    workers: int,
+    timeout_seconds: float = math.inf,
+    ahead: int = 8,
+) -> Generator[Result | Lost, None, None]:
     """`function` of every task, in order; it must be importable, its results picklable.
 
-    A ValueError or OSError that it raises is raised here.
+    At most `ahead` results a process wait to be taken. A ValueError or OSError that the function raises is raised here.
     """
     waiting = enumerate(tasks)
     done: dict[int, Any] = {}
@@ -57,7 +62,7 @@ def map_isolated(
     wanted, started, more = 0, 0, True
     try:
         while True:
-            while more and started < wanted + _TASKS_AHEAD * workers:
+            while more and started < wanted + ahead * workers:
                 idle = next((worker for worker in pool if worker.task is None), None)
                 if idle is None and len(pool) == workers:
                     break
@@ -70,9 +75,7 @@ def map_isolated(
                     pool.append(idle)
                 started = number + 1
                 idle.task, idle.deadline = number, time.monotonic() + timeout_seconds
-                with contextlib.suppress(
-                    BrokenPipeError
-                ):  # it died while idle: the end of its connection is seen below
+                with contextlib.suppress(BrokenPipeError):  # it died while idle: seen below
                     idle.connection.send(task)
             if wanted in done:
                 result = done.pop(wanted)
@@ -136,7 +139,10 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_BYTES if hard < 0 else min(_MAX_BYTES, hard), hard))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()  # what was imported stays
+    gc.disable()  # looking for cycles at every few hundred packets costs 4 % of a video
     while True:
+        gc.collect()  # an open file of PyAV is one
         try:
             task = connection.recv()
         except (EOFError, ConnectionError):

@@ -329,11 +329,6 @@ def decode_file(data: bytes, wanted: Sequence[int]) -> NDArray[np.uint8]:
     return np.stack(list(file_frames(data, wanted)))
 
 
-def decode_packets(packets: Sequence[Bytes], extradata: bytes, wanted: Sequence[int]) -> NDArray[np.uint8]:
-    """`packet_frames` of H.264 as one array, uint8 [n, H, W, 3], RGB: the same bits as `decode_file` gives."""
-    return np.stack([to_rgb(picture) for picture in packet_frames(packets, extradata, wanted)])
-
-
 def file_frames(
     data: bytes, wanted: Sequence[int], *, on_frame: Callable[[], None] | None = None
 ) -> Iterator[NDArray[np.uint8]]:

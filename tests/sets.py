@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 
 from pipelines.encode import FrameChoice, encode_video
 from pipelines.shards import EncodedVideo, ShardSet, ShardWriter, write_manifest
-from pipelines.video import decode_file
+from pipelines.video import decode_file, packet_frames, to_rgb
 from tests.videos import read_number, write_video
 
 
@@ -70,3 +71,8 @@ def packets(video: EncodedVideo) -> list[bytes]:
 def numbers(images: list[NDArray[np.uint8]]) -> list[int]:
     """What the frames show."""
     return [read_number(image) for image in images]
+
+
+def decode_packets(packets: Sequence[bytes | memoryview], extradata: bytes, wanted: Sequence[int]) -> NDArray[np.uint8]:
+    """`packet_frames` of H.264 as one array, uint8 [n, H, W, 3], RGB: the same bits as `decode_file` gives."""
+    return np.stack([to_rgb(picture) for picture in packet_frames(packets, extradata, wanted)])

@@ -20,8 +20,10 @@ import pytest
 from pipelines import pack
 from pipelines.annotations import Listing, Video, list_videos
 from pipelines.pack import PackReport, PackSettings, pack_videos, plan_order
+from pipelines.processes import map_isolated
 from pipelines.shards import ShardSet, ShardWriter
-from pipelines.video import decode_file, decode_packets
+from pipelines.video import decode_file
+from tests.sets import decode_packets
 from tests.videos import read_number, write_video
 
 SETTINGS = {
@@ -37,7 +39,7 @@ SETTINGS = {
 def quick_workers() -> Iterator[None]:
     """Workers are forked, which starts them in no time; one test, and the program's own, use those of real runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pack, "_PROCESSES", multiprocessing.get_context("fork"))
+        patch.setattr("pipelines.processes._SPAWN", multiprocessing.get_context("fork"))
         yield
 
 
@@ -73,7 +75,7 @@ def test_same_bytes_for_any_number_of_workers(
     source: Path, packed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     if name == "jpeg":
-        monkeypatch.setattr(pack, "_PROCESSES", multiprocessing.get_context("spawn"))
+        monkeypatch.setattr("pipelines.processes._SPAWN", multiprocessing.get_context("spawn"))
     pack_videos(source, list_videos(source), tmp_path / "out", SETTINGS[name], workers=3)
     assert contents(tmp_path / "out") == contents(packed[name])
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -202,7 +204,9 @@ def test_a_worker_that_hangs_costs_one_video(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_dies_costs_one_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack, "_PROCESSES", multiprocessing.get_context("spawn"))  # a fork would print pytest's stack
+    monkeypatch.setattr(
+        "pipelines.processes._SPAWN", multiprocessing.get_context("spawn")
+    )  # a fork would print pytest's stack
     source, listing, _ = with_pipe(tmp_path)
     seed = next(seed for seed in range(99) if plan_order(listing.videos, seed)[1].path == Path("a/1.mp4"))
 
@@ -305,13 +309,12 @@ def stop_after(videos: int) -> Callable[[PackReport], None]:
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The videos that were given to workers, appended as runs go on."""
     paths: list[Path] = []
-    encode = pack._Pool.encode
 
-    def wrapped(pool: Any, given: Sequence[Path]) -> Iterator[Any]:
+    def wrapped(encode: Any, given: Sequence[Path], **how: Any) -> Iterator[Any]:
         paths.extend(given)
-        return encode(pool, given)
+        return map_isolated(encode, given, **how)
 
-    monkeypatch.setattr(pack._Pool, "encode", wrapped)
+    monkeypatch.setattr(pack, "map_isolated", wrapped)
     return paths
 
 
@@ -510,29 +513,9 @@ def test_read_errors_are_rejects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     data = path.read_bytes()
     monkeypatch.setattr(Path, "open", lambda *_: BadSectors(data))
     monkeypatch.setattr(Path, "read_bytes", lambda path: path.open("rb").read())
-    result = pack._encode(path, PackSettings(profile=profile))
+    result = pack._encode(PackSettings(profile=profile), path)
     assert isinstance(result, pack.Reject)
     assert (result.reason, result.detail) == ("read_error", "Input/output error")
-
-
-def test_a_slow_video_does_not_let_the_others_pile_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source, _, pipe = with_pipe(tmp_path)
-    for i in range(3, 30):
-        shutil.copy(source / "a/0.mp4", source / f"a/{i}.mp4")
-    paths = [pipe, *sorted(source.glob("a/*.mp4"))]
-    waiting: list[int] = []
-    collect = pack._Pool._collect
-
-    def wrapped(pool: Any, done: dict[int, Any]) -> None:
-        collect(pool, done)
-        waiting.append(len(done))
-
-    monkeypatch.setattr(pack._Pool, "_collect", wrapped)
-    settings = PackSettings(profile="copy", timeout_seconds=4)
-    with pack._Pool(2, settings) as pool:
-        results = list(pool.encode(paths))
-    assert [isinstance(r, pack.Reject) for r in results[:3]] == [True, False, True]
-    assert max(waiting) <= 2 * pack._VIDEOS_AHEAD < len(paths) / 4
 
 
 def test_progress_is_told_after_every_video(source: Path, tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def test_in_order_and_lazily() -> None:
             taken.append(i)
             yield ("sleep", 0.02) if i % 10 == 0 else ("", float(i))
 
-    results = map_isolated(work, tasks(), workers=2)
+    results = map_isolated(work, tasks(), workers=2, ahead=3)
     assert [next(results) for _ in range(10)] == [0.02, *map(float, range(1, 10))]
-    assert len(taken) <= 10 + 2 * 8 + 1
+    assert len(taken) <= 10 + 2 * 3 + 1
     assert list(results) == [0.02 if i % 10 == 0 else float(i) for i in range(10, 60)]
 
 

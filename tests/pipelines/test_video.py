@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from pipelines.encode import FrameChoice, encode_video
-from pipelines.video import Orientation, VideoError, decode_file, decode_packets, open_video
-from tests.sets import numbers, packets, whole
+from pipelines.video import Orientation, VideoError, decode_file, open_video
+from tests.sets import decode_packets, numbers, packets, whole
 from tests.videos import draw_number, write_noise, write_video
 
 ALL = FrameChoice()

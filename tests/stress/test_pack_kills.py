@@ -28,7 +28,7 @@ import av
 import numpy as np
 import pytest
 
-from pipelines import encode, journal, pack, shards
+from pipelines import colour, encode, journal, pack, processes, shards
 from pipelines.annotations import Listing, list_videos
 from pipelines.pack import PackSettings, pack_videos, unfinished_folder
 
@@ -37,13 +37,13 @@ SEED = int(os.environ.get("STRESS_SEED", "0"))
 WORKERS = 2
 SETTINGS = PackSettings(quality=100, max_shard_bytes=1_000_000)
 FORK = multiprocessing.get_context("fork")
-WORK = pack._work
+WORK = processes._work
 
 PHASES: dict[str, tuple[Any, str]] = {  # what the function at this place does
     "check the journal": (journal.FinishedShard, "is_whole"),
     "begin the journal": (journal.Journal, "_begin"),
-    "start workers": (pack._Pool, "__init__"),
-    "wait for a video": (pack._Pool, "_collect"),
+    "start workers": (processes, "_start"),
+    "wait for a video": (processes, "_collect"),
     "write to the tar": (shards.ShardWriter, "add"),
     "make the tar durable": (shards, "_sync_and_close"),
     "name the tar": (Path, "replace"),
@@ -56,7 +56,7 @@ PHASES: dict[str, tuple[Any, str]] = {  # what the function at this place does
 }
 IN_A_WORKER: dict[str, tuple[Any, str]] = {
     "worker: open and decode": (pack, "encode_video"),
-    "worker: scale": (encode._Converter, "convert"),
+    "worker: scale": (colour.Converter, "convert"),
     "worker: read back": (encode, "_read_back"),
 }
 ONCE = ("begin the journal", "start workers", "list the rejects", "write the manifest", "name the set", "clean up")
@@ -153,17 +153,17 @@ def victim(source: Path, listing: Listing, out: Path, marks: Marks, aim: Aim, co
 def use_forked_workers(patch: Callable[[Any, str, Any], None], *kept: int) -> None:
     """Workers that start as quickly as a fork and, like fresh processes, inherit no open file but those `kept`."""
 
-    def alone(connection: Connection, settings: PackSettings) -> None:
+    def alone(connection: Connection, function: Any) -> None:
         parent: Any = multiprocessing.parent_process()
         keep = {0, 1, 2, connection.fileno(), parent.sentinel, *kept}
         for descriptor in map(int, os.listdir("/proc/self/fd")):
             if descriptor not in keep:
                 with suppress(OSError):
                     os.close(descriptor)
-        WORK(connection, settings)
+        WORK(connection, function)
 
-    patch(pack, "_PROCESSES", FORK)
-    patch(pack, "_work", alone)
+    patch(processes, "_SPAWN", FORK)
+    patch(processes, "_work", alone)
 
 
 def wait_for_workers(connection: Connection) -> None:
