@@ -1,6 +1,6 @@
 """How fast packing is, beside the same work written bare in PyAV: decode, scale every K-th frame, encode, mux.
 
-    python tools/bench_packing.py VIDEOS --fps source/4 --json
+    python tools/bench_packing.py VIDEOS --json FILE
 
 The bare loop verifies nothing, converts colour as swscale does, and throws its bytes away. Both use the same videos,
 the same encoder settings and the same number of processes, which are started anew each time. Rounds are interleaved;
@@ -15,12 +15,14 @@ import io
 import json
 import multiprocessing
 import os
+import shlex
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +36,10 @@ from tqdm import tqdm
 
 from pipelines.annotations import VIDEO_SUFFIXES, Listing, Video
 from pipelines.cli import run_cli
-from pipelines.encode import DEFAULT_QUALITY, SIDE_MULTIPLE, FrameChoice, encoder_settings
+from pipelines.encode import DEFAULT_QUALITY, SIDE_MULTIPLE, FrameChoice, encoder_settings, library_versions
+from pipelines.machine import installed_versions, processor_name
 from pipelines.pack import PackSettings, pack_videos
+from pipelines.shards import write_durably
 
 RUNS = ("bare jpeg", "jpeg", "bare h264", "h264", "copy", "copy --no-verify")
 
@@ -53,12 +57,21 @@ def main() -> None:
                 results[name].append(_time(partial(_run, name, args, videos)))
                 bar.update()
     table = _summarise(results, len(videos))
-    if args.json:
-        print(json.dumps({"videos": len(videos), "rounds": args.rounds, "processes": args.workers, "runs": table}))
-        return
     print(f"{len(videos)} videos of {args.source}, {args.workers} processes, median of {args.rounds} rounds")
     for name, row in table.items():
         print(f"  {name:18}" + "  ".join(f"{key} {value:.3g}" for key, value in row.items()))
+    if args.json:
+        document = {
+            "runs": table,
+            "videos": len(videos),
+            "rounds": args.rounds,
+            "processes": args.workers,
+            "hardware": {"processor": processor_name(), "cores": len(os.sched_getaffinity(0))},
+            "versions": library_versions() | installed_versions(["numpy"]),
+            "command": shlex.join(["python", "tools/bench_packing.py", *sys.argv[1:]]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        write_durably(args.json, (json.dumps(document, indent=1) + "\n").encode())
 
 
 def _parse_args() -> argparse.Namespace:
@@ -70,7 +83,7 @@ def _parse_args() -> argparse.Namespace:
     add("--short-side", type=int, default=256, metavar="S", help="pixels (default: %(default)s)")
     add("--workers", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="processes (default: all cores)")
     add("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
-    add("--json", action="store_true", help="print one JSON object and nothing else")
+    add("--json", type=Path, metavar="FILE", help="write the figures there")
     return parser.parse_args()
 
 
@@ -132,12 +145,13 @@ def _summarise(results: dict[str, list[tuple[float, float]]], videos: int) -> di
     table = {}
     for name, runs in results.items():
         wall, cpu = (statistics.median(values) for values in zip(*runs, strict=True))
-        table[name] = {"videos a second": videos / wall, "CPU seconds a video": cpu / videos}
+        table[name] = {"videos a second": round(videos / wall, 3), "CPU seconds a video": round(cpu / videos, 4)}
         other = {"jpeg": "bare jpeg", "h264": "bare h264", "copy": "jpeg", "copy --no-verify": "jpeg"}.get(name)
         if other is not None:
             pairs = list(zip(results[other], runs, strict=True))
             for i, what in enumerate(("wall", "CPU")):
-                table[name][f"{what} speed / {other}"] = statistics.median(there[i] / here[i] for there, here in pairs)
+                ratio = statistics.median(there[i] / here[i] for there, here in pairs)
+                table[name][f"{what} speed / {other}"] = round(ratio, 3)
     return table
 
 

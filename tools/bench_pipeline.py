@@ -23,7 +23,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import resource
 import shlex
 import signal
@@ -36,7 +35,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, nullcontext, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,12 +49,14 @@ from tqdm import tqdm
 
 from pipelines.cli import run_cli
 from pipelines.encode import DEFAULT_QUALITY, library_versions
+from pipelines.machine import installed_versions, processor_name
 from pipelines.shards import write_durably
 from tools.bench_checks import frames_decoded, same_clips, stored_quality
 from tools.bench_contenders import BATCH, CONTENDERS, SAMPLINGS, SIZE, NotAvailable, Setup, check_decord
 from tools.bench_sources import HEIGHT, WIDTH, make_sources, pack
 
 CASES = tuple(f"{profile}_{sampling}" for profile in ("jpeg", "h264") for sampling in SAMPLINGS)
+PACKAGES = ("torch", "numpy", "nvidia-dali-cuda130", "decord", "torchcodec", "webdataset")
 RIVALS = tuple(name for name, contender in CONTENDERS.items() if contender.profile is None)
 COLOURS = {"ours": "tab:orange", "bare": "wheat"}
 REST_SECONDS = 0.3  # without work: nothing will come any more
@@ -176,8 +176,8 @@ def main() -> None:
         "sources": sources,
         "settings": {"batch": BATCH, "size": SIZE, "workers": args.workers, "quality": args.quality},
         "rounds": len(next(iter(rounds.values()))),
-        "hardware": {"processor": _processor(), "cores": len(os.sched_getaffinity(0))},
-        "versions": _versions(),
+        "hardware": {"processor": processor_name(), "cores": len(os.sched_getaffinity(0))},
+        "versions": library_versions() | installed_versions(PACKAGES),
         "command": shlex.join(["python", "tools/bench_pipeline.py", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "took_seconds": round(time.monotonic() - started),
@@ -342,20 +342,6 @@ def draw(document: dict[str, Any], path: Path) -> None:
     figure.suptitle(f"{hardware['processor']}, {hardware['cores']} cores, {document['date'][:10]}")
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def _processor() -> str:
-    """As Linux names it."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version(), **library_versions()}
-    for name in ("torch", "numpy", "nvidia-dali-cuda130", "decord", "torchcodec", "webdataset"):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions
 
 
 if __name__ == "__main__":

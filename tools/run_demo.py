@@ -134,7 +134,7 @@ def summarise(folder: Path) -> dict[str, float]:
 def environment(folder: Path) -> dict[str, Any]:
     """Where and with what a run was made: for results that are kept."""
     facts = json.loads((folder / "run.json").read_text())
-    return {name: facts[name] for name in ("device", "cores", "platform", "python", "packages", "git")}
+    return {name: facts[name] for name in ("device", "cores", "platform", "packages", "git")}
 
 
 def table(summary: dict[str, Any]) -> str:

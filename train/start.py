@@ -10,7 +10,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from model.aim import AIM
 from model.attention import attention_backend
 from model.parameters import count_parameters, parameter_table
 from pipelines.loader import describe_decoding
+from pipelines.machine import installed_versions, processor_name
 from pipelines.remote import open_set
 from pipelines.shards import ShardSet, write_durably
 from train.bad_samples import BadSamples
@@ -158,26 +158,15 @@ def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequen
         "world_size": world.size,
         "micro_batch": prepared.batch.micro,
         "accumulation": prepared.batch.accumulation,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else _processor_name(),
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else processor_name(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "python": sys.version.split()[0],
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": installed_versions(PACKAGES),
         "git": _git_commit(),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_durably(out / "run.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def _processor_name() -> str:
-    """As Linux names it; Python's own answer is mostly empty."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _git_commit() -> str | None:
