@@ -24,8 +24,8 @@ class Site:
     faults: dict[str, list[Answer]] = field(default_factory=dict)
     """For a file name: what answers its next requests, one each, the last one for ever, instead of the file."""
     requests: Counter[str] = field(default_factory=Counter)
-    num_bytes: int = 0
-    """Of the bodies sent."""
+    num_bytes: Counter[str] = field(default_factory=Counter)
+    """Of the bodies sent, by file name; counted before they are sent, so that who received one finds it counted."""
 
     @property
     def files_requested(self) -> dict[str, int]:
@@ -69,8 +69,8 @@ class Request(BaseHTTPRequestHandler):
 
     def send(self, data: bytes) -> None:
         """Part of a body."""
+        self.site.num_bytes[self.path.rpartition("/")[2]] += len(data)
         self.wfile.write(data)
-        self.site.num_bytes += len(data)
 
     def log_message(self, *_: object) -> None:
         """Nothing."""
