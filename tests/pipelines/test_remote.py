@@ -177,7 +177,7 @@ def continues_elsewhere(request: Request) -> None:
         ([dies, good], True, 1),  # what had arrived is not sent again
         ([dies, good], False, 1.1),
         ([dies, dies, good], True, 1),
-        ([endless, good], True, 1000),
+        ([endless, good], True, 10_000),
         ([dies, continues_elsewhere, good], True, 2.1),
     ],
 )
