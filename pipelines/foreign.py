@@ -96,8 +96,11 @@ class Survey:
     """The largest class number and who has it."""
     names: dict[str, str] = field(default_factory=dict)
     """Class name → who has it first."""
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Why samples were left out: reason and detail → how often."""
 
     def add(self, other: Survey) -> None:
+        self.skipped += other.skipped
         self.samples += other.samples
         self.several |= other.several
         self.largest = max(self.largest, other.largest)
@@ -106,6 +109,9 @@ class Survey:
     def classes(self, listed: Sequence[str] | None) -> tuple[str, ...]:
         """The classes: those `listed`, else class0…, else the names, sorted. ValueError where the labels do not fit."""
         number, whose = self.largest
+        if not self.samples:
+            reasons = "; ".join(f"{count} times {reason}" for reason, count in self.skipped.most_common(3))
+            raise ValueError(f"no sample can be used: {reasons or 'the tars hold none'}; see --video and --label")
         if listed is not None:
             unknown = next((name for name in sorted(self.names) if name not in set(listed)), None)
             if unknown is not None:
@@ -298,7 +304,8 @@ def _make_sample(tar: int, key: str, parts: Mapping[str, Member], options: Forei
         suffix, _, path = rule.partition(":")
         if suffix in parts and (values := _read_labels(tar, parts[suffix], path)) is not None:
             return ForeignSample(name, video, values)
-    raise _NoSample("no_label", f"no {options.label or ', '.join(_LABELS)} among its files")
+    wanted = options.label or ", ".join(_LABELS)
+    raise _NoSample("no_label", f"no {wanted} among its files: {', '.join(sorted(map(_printable, parts)))[:200]}")
 
 
 def _read_labels(tar: int, member: Member, path: str) -> tuple[int | str, ...] | None:
@@ -331,8 +338,9 @@ def _label(value: object) -> int | str:
 
 
 def _survey(options: ForeignOptions, tar: Path) -> Survey:
-    survey = Survey()
-    for sample in list_samples(tar, options)[0]:
+    samples, skipped = list_samples(tar, options)
+    survey = Survey(skipped=Counter(f"{entry.reason} ({entry.detail})" for entry in skipped))
+    for sample in samples:
         survey.samples += 1
         survey.several |= len(sample.labels) != 1
         for label in sample.labels:

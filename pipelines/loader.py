@@ -245,9 +245,10 @@ def check_bad_share(num_bad: int, planned: int, allowed: float, shards: ShardSet
     if planned < JUDGED_FROM or num_bad <= allowed * planned:
         return
     keys = ", ".join(sample.key or f"number {i} of {sample.shard}" for i, sample in list(bad.items())[:5])
+    reason = next((f"; the first because {sample.reason}" for sample in bad.values()), "")
     raise ValueError(
         f"{num_bad} of {planned} samples of {shards.folder} cannot be decoded{f' (first: {keys})' if keys else ''}, "
-        f"more than data.max_bad_fraction = {allowed}; pack the set again or raise the limit"
+        f"more than data.max_bad_fraction = {allowed}{reason}; mend that, pack the set again, or raise the limit"
     )
 
 

@@ -138,9 +138,8 @@ class ShardReader:
             while len(data) < length:  # at the end of the file, or more than the 2 GiB that one call gives
                 more = os.pread(descriptor, length - len(data), start + len(data))
                 if not more:
-                    raise CorruptSample(
-                        f"{shard.name} ends at byte {start + len(data)}, bytes up to {start + length} are needed"
-                    )
+                    end = os.fstat(descriptor).st_size
+                    raise CorruptSample(f"{shard.name} ends at byte {end}, bytes up to {start + length} are needed")
                 data += more
         except OSError as error:
             raise CorruptSample(f"{shard.name} cannot be read at byte {start}: {error.strerror}") from error

@@ -299,6 +299,8 @@ class ShardSet:
         self.shards = tuple(ShardInfo(**shard) for shard in manifest["splits"][split]["shards"])
         self.classes: tuple[str, ...] = tuple(manifest["classes"])
         self.profile: str = manifest["profile"]["name"]
+        self.stored_frames: str = manifest["profile"].get("fps", "source")
+        """Which frames of the source are stored: see `encode.FrameChoice.parse`."""
         self.multi_label: bool = manifest["multi_label"]
         self.verified: bool = manifest["verified"]
         """Whether every frame was decoded when the set was made; if not, only worker processes decode it."""

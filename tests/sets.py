@@ -48,7 +48,8 @@ def make_set(
             shards.append(asdict(writer.close()))
         entries[split] = {"samples": len(lengths), "shards": shards}
     names = [f"class{i}" for i in range(classes)]
-    facts = {"classes": names, "multi_label": multi_label, "verified": True, "profile": {"name": profile}}
+    facts: dict[str, object] = {"classes": names, "multi_label": multi_label, "verified": True}
+    facts["profile"] = {"name": profile, "fps": fps}
     write_manifest(folder, {**facts, "splits": entries})
     return folder
 

@@ -185,7 +185,7 @@ def _print_summary(out: Path, listing: Listing, report: PackReport, wall_seconds
         print(f"  rejected: {len(report.rejects)} ({reasons}); listed in {out / 'rejects.tsv'}")
     if listing.other_files:
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in listing.other_files.most_common(5))
-        print(f"  left alone, no videos: {sum(listing.other_files.values())} files ({kinds})")
+        print(f"  left alone, no videos or not in a class folder: {sum(listing.other_files.values())} files ({kinds})")
     empty = [name for name in listing.classes if not report.packed_of_class[name]]
     if empty:
         print(f"  warning: no video of these classes could be packed: {', '.join(empty)}")

@@ -61,7 +61,7 @@ def main() -> None:
             augment_clips(batch.frames, batch.plans, torch.tensor(CLIP_MEAN, dtype=torch.uint8))
             mix = plan_mix(config.train.seed, 0, config.data)
             targets = targets if mix is None else mix_clips(batch.frames, targets, mix)
-        sheet = contact_sheet(batch, targets.numpy(), shards.classes)
+        sheet = contact_sheet(batch, targets.numpy(), shards)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(arguments.out)
     print(f"{arguments.out}: {count} clips of {config.data.num_frames} frames from {arguments.shards}, split {split}")
@@ -102,20 +102,21 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def contact_sheet(batch: ClipBatch, targets: np.ndarray, classes: tuple[str, ...]) -> Image.Image:
+def contact_sheet(batch: ClipBatch, targets: np.ndarray, shards: ShardSet) -> Image.Image:
     """A picture of all valid clips of a batch, one row each; targets are [B, C]."""
     captions, rows = [], []
     for row in np.flatnonzero(batch.valid.numpy()):
-        shares = [(classes[c], targets[row, c]) for c in np.flatnonzero(targets[row])]
+        shares = [(shards.classes[c], targets[row, c]) for c in np.flatnonzero(targets[row])]
         label = " + ".join(name if share == 1 else f"{share:.2f} {name}" for name, share in shares)
-        captions.append(f"{label}   {batch.keys[row]}   {describe(batch.plans[row])}")
+        stored = shards[batch.turns[row].sample_id].frames.source_frame[list(batch.plans[row].stored)]
+        captions.append(f"{label}   {batch.keys[row]}   {describe(batch.plans[row], stored.tolist())}")
         rows.append(batch.frames[row].numpy())
     return filmstrips(rows, captions)
 
 
-def describe(plan: ClipPlan) -> str:
-    """Which frames of a video, and what is done to them."""
-    done = [f"frames {' '.join(map(str, plan.frames))}"]
+def describe(plan: ClipPlan, shown: Sequence[int]) -> str:
+    """Which source frames are shown (of those stored the nearest to the planned ones), and what is done to them."""
+    done = [f"frames {' '.join(map(str, shown))}"]
     done += ["flipped"] * plan.flip + [f"{name} {amount:.2g}" if amount else name for name, amount in plan.ops]
     done += ["erased"] * (plan.erase is not None)
     return ", ".join(done)

@@ -113,7 +113,13 @@ def start_world() -> World:
         with _silence():
             deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False)
     except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise ValueError(
+                f"port {env['MASTER_PORT']} is in use, by another training perhaps: choose another port, "
+                "deepspeed --master_port 29501 …"
+            ) from error
         raise ValueError(f"the processes cannot find each other: {error}") from error
+    _unlink_buffer()
     return World(dist.get_rank(), dist.get_world_size(), local_size, device)
 
 
@@ -202,6 +208,17 @@ def _build_operator() -> None:
             f"DeepSpeed cannot build its operator for CPU communication ({reason}); "
             f"run make setup, which says what is missing, or delete {folder} and start again"
         ) from error
+
+
+def _unlink_buffer() -> None:
+    """Removes the name of the 66 MB that DeepSpeed shares between processes on CPUs, which it leaves behind for ever.
+
+    All have mapped it by then, and the memory lives as long as they do.
+    """
+    dist.barrier()
+    env = os.environ
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{env['MASTER_ADDR']}_{env['MASTER_PORT']}_{dist.get_rank()}"
+    Path("/dev/shm", name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

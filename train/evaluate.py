@@ -67,12 +67,20 @@ class Evaluation:
         }
 
     def save(self, path: Path, shards: ShardSet) -> None:
-        """Writes an .npz for reports: keys [n], labels, logits, valid, and the class names [C]."""
-        keys = np.asarray([shards[i].key for i in range(len(shards))])
+        """Writes an .npz for reports: keys [n] (empty where the index is damaged), labels, logits, valid, and the class
+        names [C]."""
+        keys = np.asarray([_key(shards, i) for i in range(len(shards))])
         classes = np.asarray(shards.classes)
         buffer = io.BytesIO()
         np.savez(buffer, keys=keys, classes=classes, logits=self.logits, labels=self.labels, valid=self.valid)
         write_durably(path, buffer.getvalue())
+
+
+def _key(shards: ShardSet, sample_id: int) -> str:
+    try:
+        return shards[sample_id].key
+    except (ValueError, OSError):  # it is not valid either
+        return ""
 
 
 def mean_average_precision(scores: NDArray[Any], hits: NDArray[np.bool_]) -> float:

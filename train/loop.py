@@ -26,6 +26,8 @@ from train.loss import clip_loss, soft_targets
 from train.metrics import MetricsLog, eval_line, train_line
 from train.schedule import crosses, learning_rate
 
+PREDICTIONS = "predictions.npz"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -95,6 +97,12 @@ def train(job: Job, log: MetricsLog | None) -> None:
     Raises ValueError when the loss is no longer a finite number: nothing is saved then.
     """
     config, world, device, batch = job.config, job.world, job.world.device, job.batch
+    if job.start_step >= job.num_steps:
+        if log is not None:
+            print(f"this run is finished: all {job.num_steps} steps are done; for more, start another", flush=True)
+        if not (job.out / PREDICTIONS).exists():  # the evaluation at its end failed
+            _evaluate(job, job.num_steps, log)
+        return
     probabilities = {name: p.numpy() for name, p in job.model.random_masks.items()}
     mean_colour = job.model.pixel_mean.round().to(torch.uint8)
     loss_sum, loss_count = torch.zeros((), device=device), 0
@@ -205,7 +213,7 @@ def _evaluate(job: Job, step: int, log: MetricsLog | None) -> None:
     log.write("eval", step, epoch=step * job.batch.total / len(job.shards), **metrics)
     print(eval_line(step, metrics), flush=True)
     if step == job.num_steps:
-        result.save(job.out / "predictions.npz", shards)
+        result.save(job.out / PREDICTIONS, shards)
 
 
 def _trace(job: Job, step: int, clips: ClipBatch, mix: MixPlan | None, loss: float) -> None:

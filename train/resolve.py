@@ -318,10 +318,12 @@ def _parse_override(override: str) -> tuple[list[str], Any]:
     keys = [key.strip() for key in name.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"--set {override}: the form is section.key=value, such as optimizer.lr=1e-4")
+    if not text.strip():  # key="" after a shell has taken the quotes
+        return keys, ""
     try:
         return keys, tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError as error:
-        if not text.strip() or text.strip()[0] in "[{\"'" or "\n" in text:
+        if text.strip()[0] in "[{\"'" or "\n" in text:
             raise ValueError(f"--set {override}: the value is not valid TOML ({error})") from error
         return keys, text.strip()
 

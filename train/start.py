@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -31,6 +33,7 @@ from train.loop import Job, train
 from train.metrics import MetricsLog
 from train.resolve import ROOT
 
+LOCK = ".lock"  # in the run's folder
 MAX_TOLD = 5  # missing shards that are named
 PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "numpy", "open_clip_torch", "safetensors", "torch", "xformers")
 
@@ -56,6 +59,12 @@ class Prepared:
         if config.bf16:
             self.model.set_compute_dtype(torch.bfloat16)
         engine = Engine(world, self.model, config.optimizer, config.deepspeed, self.batch)
+        with closing(_Claim(out)) as claim:
+            world.on_first(claim.take)
+            self._train(world, engine, command)
+
+    def _train(self, world: World, engine: Engine, command: Sequence[str]) -> None:
+        config, out = self.config, Path(self.config.run.out)
         run = identity(config, fingerprint=self.shards.fingerprint, backbone=self.backbone)
         state: dict[str, Any] = {"step": 0, "bad_samples": []}
         if self.checkpoint is not None:
@@ -76,13 +85,41 @@ class Prepared:
             log.close()
 
 
+class _Claim:
+    """Keeps other runs out of a run's folder while this one lives; of no effect on file systems without locks."""
+
+    def __init__(self, out: Path) -> None:
+        self._path = out / LOCK
+        self._file: TextIO | None = None
+
+    def take(self) -> None:
+        """Makes the folder if need be. FileExistsError when another run has it."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._path.open("w")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another run is writing into {self._path.parent}: wait for its end, or choose another folder with "
+                "--set run.out=…"
+            ) from None
+        except OSError:
+            pass
+
+    def close(self) -> None:
+        """Lets others in."""
+        if self._file is not None:
+            self._file.close()
+
+
 def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
     """Opens and checks the data, finds the checkpoint, builds the model.
 
     Raises ValueError or OSError: shards missing or damaged, no such split, run.out in use, an unknown model.
     """
     out = Path(config.run.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())) and not resume:
+    in_use = out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir()))
+    if in_use and not resume:
         raise FileExistsError(
             f"{out} exists and is not empty: add --resume to continue that run, or choose another with --set run.out=…"
         )
@@ -93,12 +130,25 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
             f"train.label_smoothing = {config.train.label_smoothing}; allowed is 0: the videos of {shards.folder} have "
             "several labels each, learned one by one as yes or no"
         )
+    if (warning := _uneven_frames(config, shards)) and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     checkpoint = newest_checkpoint(out) if resume and out.is_dir() else None
     if os.environ.get("RANK", "0") == "0":
         print(f"loading {config.model.name}, weights {config.model.pretrained}", flush=True)  # may download for minutes
     frames, seed = config.data.num_frames, config.train.seed
     model = build_model(config.model, num_classes=len(shards.classes), num_frames=frames, seed=seed)
     return Prepared(config, batch, shards, val_shards, resume, checkpoint, model, backbone_checksum(model))
+
+
+def _uneven_frames(config: Config, shards: ShardSet) -> str:
+    """What to say where the planned frames are not among the stored ones, or nothing."""
+    data, (_, slash, every) = config.data, shards.stored_frames.partition("/")
+    if data.sampling != "dense" or not slash or not every.isdecimal() or data.interval % int(every) == 0:
+        return ""
+    return (
+        f"{shards.folder} stores one frame in {every} and data.interval is {data.interval}: clips take the nearest "
+        f"stored frames, unevenly; choose a multiple of {every}, or pack with --fps source/{data.interval}"
+    )
 
 
 def _open_shards(config: Config, split: str) -> ShardSet:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.sets import make_set
 from tests.train.runs import SCRIPT, arguments, launch, start
 from train.main import main
+from train.start import LOCK
 
 
 def test_without_recipe_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,3 +163,50 @@ def test_a_few_missing_shards_are_a_warning(tmp_path: Path, capfd: pytest.Captur
         "warning: 2 of 12 samples of split 'train' cannot be read" in errors and "train-000003.tar is missing" in errors
     )
     assert f"2 of 12 samples could not be decoded and were replaced by others: {tmp_path / 'run'}" in output
+
+
+def test_two_runs_do_not_write_into_one_folder(packed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with (folder / LOCK).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(FileExistsError, match="another run is writing into"):
+            main(arguments(packed, folder))
+    assert [path.name for path in folder.iterdir()] == [LOCK]
+
+
+def test_a_finished_run_only_makes_up_for_its_evaluation(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(packed, tmp_path / "run", "schedule.epochs=1", "schedule.warmup_epochs=0")
+    assert main(command) == 0
+    predictions = tmp_path / "run" / "predictions.npz"
+    before = predictions.read_bytes()
+    assert main([*command, "--resume"]) == 0
+    assert "this run is finished: all 4 steps are done" in capsys.readouterr().out
+    predictions.unlink()
+    assert main([*command, "--resume"]) == 0
+    assert predictions.read_bytes() == before
+
+
+def test_a_damaged_index_of_the_validation_split_costs_its_samples(tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", [5] * 8, splits=("train", "val"))
+    index = folder / "val-000001.index.safetensors"
+    index.write_bytes(index.read_bytes()[:1000])
+    settings = ("data.max_bad_fraction=0.9", "schedule.epochs=1", "schedule.warmup_epochs=0")
+    assert main(arguments(folder, tmp_path / "run", *settings)) == 0
+    answers = np.load(tmp_path / "run" / "predictions.npz")
+    assert answers["valid"].tolist() == [True] * 4 + [False] * 4
+    assert all(answers["keys"][:4]) and not any(answers["keys"][4:])
+
+
+@pytest.mark.parametrize(("interval", "warned"), [(3, True), (4, False), (8, False)])
+def test_clips_that_the_stored_frames_cannot_serve_are_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], interval: int, warned: bool
+) -> None:
+    folder = make_set(tmp_path / "set", [40] * 8, fps="source/4", splits=("train",))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["profile"]["fps"] == "source/4"
+    settings = ("data.sampling=dense", f"data.interval={interval}", "data.val_split=", "schedule.epochs=1")
+    assert main(arguments(folder, tmp_path / "run", *settings, "schedule.warmup_epochs=0")) == 0
+    assert ("stores one frame in 4 and data.interval is 3" in capsys.readouterr().err) == warned
