@@ -37,7 +37,7 @@ def test_good_run(videos: Path, tmp_path: Path) -> None:
     assert "8 videos, 2 s of video" in run.stdout
     assert "train: 6 samples in 1 shards (6)" in run.stdout
     assert "rejected: 1 (1 unreadable)" in run.stdout
-    assert "left alone, no videos: 1 files (1 .txt)" in run.stdout
+    assert "left alone, no videos or not in a class folder: 1 files (1 .txt)" in run.stdout
     assert len(ShardSet.open(out, "train")) == 6
     assert len(ShardSet.open(out, "val")) == 2
     assert ShardSet.open(out, "val")[0].frames.source_frame.tolist() == [0, 4]
