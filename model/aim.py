@@ -1,32 +1,33 @@
-"""AIM: a frozen CLIP ViT that understands video through adapters (Yang et al., "AIM: Adapting Image Models for
-Efficient Video Action Recognition", ICLR 2023; official file `mmaction/models/backbones/vit_clip.py`).
+"""AIM: a frozen image transformer that understands video through adapters (Yang et al., "AIM: Adapting Image Models for
+Efficient Video Action Recognition", ICLR 2023; official files `mmaction/models/backbones/vit_clip.py`, `vit_imagenet.py`).
 
 Every block attends twice with the same frozen weights: over time, then over space. Small bottleneck adapters stand
 after each attention (temporal, spatial) and beside the MLP (joint); they, a temporal embedding, the last layer norm
-and the head are all that trains. With zero-initialised adapters the network starts as CLIP applied frame by frame.
+and the head are all that trains. With zero-initialised adapters the network starts as the image model applied frame by
+frame. AIM on Swin is in `model.swin`.
 
-Parameters bear the names of the official checkpoints. Tokens are held as x_BTND from stem to head and never permuted.
+Parameters bear the names of the official CLIP checkpoints, whatever image model stands behind them.
+Official DropPath drops along the first axis of whatever layout its tensor has: on CLIP a token position for the whole
+batch, on ImageNet's ViT a frame. Here a clip's branch is dropped, unless `drop_path_axis` asks for the official way.
 
-Legend of shapes: B clips, T frames, N tokens a frame (class token first), D width, H heads, K head width, C classes.
-Official DropPath drops a token position for the whole batch (a sequence-first tensor); here it drops a clip's branch.
+Legend of shapes: B clips, T frames, N tokens a frame (class token first), D width, L layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import attention
-from model.backbone import ImageTower, ViTGeometry
-from model.layers import LayerNorm, Linear, PatchEmbedding
+from model.geometry import ImageTower, ViTGeometry
+from model.layers import LayerNorm, Linear
+from model.video import VideoModel, drop_path_rates, load_tower_weights
+from model.vit import MLP, Attention, ViT, initialise
 
 ADAPTERS = ("spatial", "temporal", "joint")
-TRAINED_NAMES = ("temporal_embedding", "ln_post", "cls_head", "Adapter")  # official tools/train.py
-UNDECAYED_NAMES = ("class_embedding", "positional_embedding", "ln_1", "ln_2", "ln_pre", "ln_post")
+_ANY_DEPTH = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,25 @@ class AIMOptions:
     adapters: tuple[str, ...] = ADAPTERS
     """Which adapters stand in each block: the paper's ladder is (), spatial, spatial + temporal, all three. Without
     the temporal one no temporal attention runs and there is no temporal embedding: the model is space-only."""
+    positions: str | tuple[int, ...] = "all"
+    """Which blocks have adapters; the others run as plain blocks of the image model. "all", "bottom 6" (nearest the
+    input), "top 6", "every 2" (the second, the fourth, …), or a list of block numbers from 0."""
     temporal_adapters: int = 1
     """2 adds one before the temporal attention (Something-Something V2)."""
+    temporal_weights: str = "reuse"
+    """Whose weights attend over time: "reuse" those that attend over space (AIM), or "text": an experiment, those of the
+    frozen text tower that belongs to a CLIP model, where it is as wide."""
     adapter_ratio: float = 0.25
     adapter_scale: float = 0.5
-    """s, the weight of the joint adapter's branch."""
+    """s, the weight of the joint adapter's branch (Swin: always 0.5, as published)."""
     drop_path: float = 0.2
     """Drop rate of the last block's temporal and joint branches; block i of L has drop_path · i / (L - 1)."""
+    drop_path_axis: str = "clip"
+    """What is dropped: "clip", a clip's branch; "official", what the official code drops (on CLIP a token position for
+    all clips of a micro-batch, on ImageNet's ViT a frame; not for Swin)."""
     head_dropout: float = 0.5
+    shipped_freezing: bool = False
+    """Of Swin: freeze the temporal bias tables and the last norm, as the shipped code does by their names."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.adapters if name not in ADAPTERS]
@@ -53,226 +65,156 @@ class AIMOptions:
             raise ValueError(f"model.temporal_adapters = {self.temporal_adapters}; allowed are 1 and 2")
         if not 0 < self.adapter_ratio <= 4:
             raise ValueError(f"model.adapter_ratio = {self.adapter_ratio}; allowed is 0 < ratio <= 4")
+        if not 0 <= self.adapter_scale < float("inf"):
+            raise ValueError(f"model.adapter_scale = {self.adapter_scale}; allowed is 0 or more")
         for name in ("drop_path", "head_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)}; allowed is 0 <= rate < 1")
+        for name, allowed in (("temporal_weights", ("reuse", "text")), ("drop_path_axis", ("clip", "official"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"model.{name} = {getattr(self, name)!r}; allowed is {' or '.join(allowed)}")
+        adapted_layers(self.positions, _ANY_DEPTH)  # its form alone: the depth is not known yet
 
 
-class AIM(nn.Module):
-    """Clips to class logits.
-
-    `random_masks` tells the caller which random masks a training step wants: name → drop probabilities (any shape S).
-    The caller draws one mask [B, *S] a clip, 0 where dropped and 1 / (1 - p) where kept, and passes them to `forward`;
-    so randomness belongs to the data plan and not to a device's generator.
-    """
-
-    def __init__(self, tower: ImageTower, num_classes: int, num_frames: int, options: AIMOptions) -> None:
-        super().__init__()
-        self.geometry = tower.geometry
-        self.num_frames = num_frames
-        self.options = options
-        self.compute_dtype = torch.float32
-        self.backbone = AdaptedViT(tower.geometry, num_frames, options)
-        self.cls_head = Head(tower.geometry.width, num_classes)
-        self._initialise(tower)
-        self.requires_grad_(False)
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(any(part in name for part in TRAINED_NAMES))
-        self.pixel_mean: Tensor
-        self.pixel_std: Tensor
-        self.register_buffer("pixel_mean", 255 * torch.tensor(tower.geometry.mean), persistent=False)
-        self.register_buffer("pixel_std", 255 * torch.tensor(tower.geometry.std), persistent=False)
-
-    @property
-    def random_masks(self) -> dict[str, Tensor]:
-        """Drop probabilities: `drop_path` [layers, 2] (temporal, joint) and `head_dropout` [D]."""
-        layers = self.geometry.layers
-        rates = self.options.drop_path * torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)
-        return {
-            "drop_path": rates[:, None].expand(layers, 2),
-            "head_dropout": torch.full((self.geometry.width,), self.options.head_dropout, dtype=torch.float64),
-        }
-
-    def optimizer_groups(self, weight_decay: float) -> list[dict[str, object]]:
-        """Trainable parameters in the official groups: everything is decayed but the last layer norm."""
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        kept = [p for name, p in named if any(part in name for part in UNDECAYED_NAMES)]
-        decayed = [p for name, p in named if not any(part in name for part in UNDECAYED_NAMES)]
-        return [
-            {"params": decayed, "weight_decay": weight_decay},
-            {"params": kept, "weight_decay": 0.0},
-        ]
-
-    def set_compute_dtype(self, dtype: torch.dtype) -> None:
-        """Tokens are computed in `dtype`; frozen weights are stored in it, trainable ones stay float32."""
-        self.compute_dtype = dtype
-        for parameter in self.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(dtype)
-
-    def prepare(self, frames: Tensor) -> Tensor:
-        """uint8 RGB frames [B, T, H, W, 3] as they come from the loader → normalised [B, T, 3, H, W]."""
-        size, expected = self.geometry.image_size, self.num_frames
-        if frames.shape[1] != expected or tuple(frames.shape[2:]) != (size, size, 3):
-            raise ValueError(
-                f"clips of shape {list(frames.shape)} do not fit the model, which takes [B, {expected}, {size}, "
-                f"{size}, 3]: set data.num_frames to what the checkpoint was trained with"
+def adapted_layers(positions: str | tuple[int, ...], layers: int) -> frozenset[int]:
+    """The blocks, of `layers`, that `AIMOptions.positions` names; ValueError for a form or a number that is none."""
+    if isinstance(positions, str):
+        if positions == "all":
+            return frozenset(range(layers))
+        match = re.fullmatch(r"(bottom|top|every) ([1-9][0-9]{0,5})", positions)
+        if match and int(match[2]) <= layers:
+            count = int(match[2])
+            return frozenset(
+                {
+                    "bottom": range(count),
+                    "top": range(layers - count, layers),
+                    "every": range(count - 1, layers, count),
+                }[match[1]]
             )
-        normalised = (frames.float() - self.pixel_mean) / self.pixel_std
-        return normalised.to(self.compute_dtype).permute(0, 1, 4, 2, 3)
+    elif positions and len(set(positions)) == len(positions) and all(0 <= layer < layers for layer in positions):
+        return frozenset(positions)
+    shown = f'"{positions}"' if isinstance(positions, str) else list(positions)
+    raise ValueError(
+        f'model.positions = {shown}; allowed is "all", "bottom K", "top K", "every K", or a list of different block '
+        f"numbers from 0{'' if layers == _ANY_DEPTH else f'; the model has {layers} blocks'}"
+    )
 
-    def forward(self, frames: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
-        """uint8 frames [B, T, H, W, 3] → float32 logits [B, C]; `masks` as `random_masks` says, None for evaluation."""
-        return self.classify(self.prepare(frames), masks)
 
-    def classify(self, clips: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Normalised clips [B, T, 3, H, W] → float32 logits [B, C]: the mean over frames of the class tokens, then
-        dropout and a linear layer (the official I3D head)."""
-        masks = masks or {}
-        with torch.autocast(clips.device.type, enabled=False):  # layers choose their own precision
-            features = self.backbone(clips, masks.get("drop_path")).mean(dim=1).float()
-            if "head_dropout" in masks:
-                features = features * masks["head_dropout"]
-            return self.cls_head(features)
+class AIM(VideoModel):
+    """AIM on a ViT with a class token; arguments as `model.methods.create` says."""
 
-    def _initialise(self, tower: ImageTower) -> None:
-        """The official order: truncated normal everywhere, pretrained weights over it, then zero every fc2."""
-        for module in self.backbone.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
-        missing, unexpected = self.backbone.load_state_dict(tower.state_dict, strict=False)
-        ours = ("temporal_embedding", "Adapter")
-        missing = [key for key in missing if not any(part in key for part in ours)]
-        if missing or unexpected:
-            raise ValueError(f"weights do not fit the backbone: missing {missing[:4]}, unexpected {unexpected[:4]}")
+    trained_names = ("temporal_embedding", "ln_post", "cls_head", "Adapter")  # official tools/train.py
+    undecayed_names = ("class_embedding", "positional_embedding", "ln_1", "ln_2", "ln_pre", "ln_post")
+
+    def __init__(self, tower: ImageTower, num_classes: int | None, num_frames: int, options: AIMOptions) -> None:
+        geometry = tower.geometry
+        assert isinstance(geometry, ViTGeometry)
+        super().__init__(geometry, geometry.width, num_classes, num_frames, options.head_dropout)
+        self.options = options
+        self.adapted = adapted_layers(options.positions, geometry.layers) if options.adapters else frozenset()
+        self.backbone = ViT(
+            geometry,
+            lambda layer: Block(geometry, options, layer in self.adapted),
+            num_frames if "temporal" in options.adapters else None,
+        )
+        initialise(self.backbone)
+        load_tower_weights(self.backbone, tower.state_dict, ("temporal_embedding", "Adapter", "text_"))
+        if options.temporal_weights == "text" and tower.state_dict:
+            self._load_text_tower(tower)
         for module in self.backbone.modules():
             if isinstance(module, Adapter):
                 nn.init.zeros_(module.D_fc2.weight)
                 nn.init.zeros_(module.D_fc2.bias)
+        self.finish()
 
+    @property
+    def random_masks(self) -> dict[str, Tensor]:
+        """`drop_path` [L, 2] (temporal, joint), or with the official axis [L, 2, N] or [L, 2, T]; `head_dropout` [D]."""
+        assert isinstance(self.geometry, ViTGeometry)
+        layers = self.geometry.layers
+        rates = drop_path_rates(self.options.drop_path, layers)[:, None].expand(layers, 2)
+        if self.options.drop_path_axis == "official":
+            size = self.geometry.num_tokens if self.geometry.ln_pre else self.num_frames
+            rates = rates[..., None].expand(layers, 2, size)
+        return {"drop_path": rates, **super().random_masks}
 
-class AdaptedViT(nn.Module):
-    """The image tower with adapters: normalised clips [B, T, 3, H, W] → class tokens [B, T, D]."""
-
-    def __init__(self, geometry: ViTGeometry, num_frames: int, options: AIMOptions) -> None:
-        super().__init__()
-        width = geometry.width
-        self.conv1 = PatchEmbedding(width, geometry.patch_size)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(geometry.num_tokens, width))
-        sees_time = "temporal" in options.adapters
-        self.temporal_embedding = nn.Parameter(torch.zeros(1, num_frames, width)) if sees_time else None
-        self.ln_pre = LayerNorm(width)
-        self.transformer = Transformer(geometry, options)
-        self.ln_post = LayerNorm(width)
-
-    def forward(self, clips: Tensor, drop_path: Tensor | None) -> Tensor:
-        """`drop_path`: scaled keep masks [B, layers, 2], or None for no drop."""
-        num_clips, num_frames = clips.shape[:2]
-        patches = self.conv1(clips.flatten(0, 1))
-        class_tokens = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
-        x_MND = torch.cat([class_tokens, patches], dim=1) + self.positional_embedding.to(patches.dtype)
-        x_BTND = x_MND.unflatten(0, (num_clips, num_frames))
-        if self.temporal_embedding is not None:
-            x_BTND = x_BTND + self.temporal_embedding.to(x_BTND.dtype).unsqueeze(2)
-        x_BTND = self.ln_pre(x_BTND)
-        x_BTND = self.transformer(x_BTND, drop_path)
-        return self.ln_post(x_BTND[:, :, 0])
-
-
-class Transformer(nn.Module):
-    """The stack of blocks."""
-
-    def __init__(self, geometry: ViTGeometry, options: AIMOptions) -> None:
-        super().__init__()
-        self.resblocks = nn.ModuleList(Block(geometry, options) for _ in range(geometry.layers))
-
-    def forward(self, x_BTND: Tensor, drop_path: Tensor | None) -> Tensor:
-        for layer, block in enumerate(self.resblocks):
-            masks = None if drop_path is None else drop_path[:, layer].to(x_BTND.dtype)
-            x_BTND = block(x_BTND, masks)
-        return x_BTND
+    def _load_text_tower(self, tower: ImageTower) -> None:
+        """Fills every block's `text_ln` and `text_attn` from the text tower's block of the same number."""
+        wanted = {
+            f"{ours}.{part}": f"transformer.resblocks.{layer}.{theirs}.{part}"
+            for layer in self.adapted
+            for ours, theirs, parts in (
+                (f"transformer.resblocks.{layer}.text_ln", "ln_1", ("weight", "bias")),
+                (
+                    f"transformer.resblocks.{layer}.text_attn",
+                    "attn",
+                    ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"),
+                ),
+            )
+            for part in parts
+        }
+        text, own = tower.text_state or {}, self.backbone.state_dict()
+        for ours, theirs in wanted.items():
+            if theirs not in text or text[theirs].shape != own[ours].shape:
+                there = f"{list(text[theirs].shape)}" if theirs in text else "nothing"
+                raise ValueError(
+                    f'model.temporal_weights = "text": the image tower needs {theirs} of shape {list(own[ours].shape)} '
+                    f"and the text tower has {there}; choose a model whose towers are equally wide and deep, or "
+                    '"reuse"'
+                )
+        self.backbone.load_state_dict({ours: text[theirs] for ours, theirs in wanted.items()}, strict=False)
 
 
 class Block(nn.Module):
     """One transformer block of section 3 of the paper; which adapters it has decides what it does."""
 
-    def __init__(self, geometry: ViTGeometry, options: AIMOptions) -> None:
+    def __init__(self, geometry: ViTGeometry, options: AIMOptions, adapted: bool = True) -> None:
         super().__init__()
         width = geometry.width
         hidden = int(width * options.adapter_ratio)
         self.scale = options.adapter_scale
-        self.ln_1 = LayerNorm(width)
+        # The axis of [B, T, N, D] along which masks [B, 2, S] vary within a clip; on the token axis they are drawn for
+        # a clip as all masks are, and those of the first serve the whole micro-batch.
+        self.mask_axis = None if options.drop_path_axis == "clip" else 2 if geometry.ln_pre else 1
+        self.ln_1 = LayerNorm(width, geometry.eps)
         self.attn = Attention(width, geometry.heads)
-        self.ln_2 = LayerNorm(width)
+        self.ln_2 = LayerNorm(width, geometry.eps)
         self.mlp = MLP(width, geometry.quick_gelu)
-        has = options.adapters.__contains__
+        present = options.adapters if adapted else ()
+        has = present.__contains__
         self.S_Adapter = Adapter(width, hidden) if has("spatial") else None
         self.T_Adapter = Adapter(width, hidden) if has("temporal") else None
         self.T_Adapter_in = Adapter(width, hidden) if has("temporal") and options.temporal_adapters == 2 else None
         self.MLP_Adapter = Adapter(width, hidden) if has("joint") else None
+        by_text = has("temporal") and options.temporal_weights == "text"
+        self.text_ln = LayerNorm(width, geometry.eps) if by_text else None
+        self.text_attn = Attention(width, geometry.heads) if by_text else None
 
     def forward(self, x_BTND: Tensor, masks: Tensor | None) -> Tensor:
-        """`masks`: scaled keep masks [B, 2] of the temporal and the joint branch, or None."""
+        """`masks`: scaled keep masks [B, 2, …] of the temporal and the joint branch, or None."""
         x = x_BTND
         if self.T_Adapter is not None:
-            y = self.ln_1(x)
+            y = (self.text_ln or self.ln_1)(x)
             if self.T_Adapter_in is not None:
                 y = y + self.T_Adapter_in(y)
-            x = x + _masked(self.T_Adapter(self.attn.over_time(y)), masks, 0)
+            x = x + self._masked(self.T_Adapter((self.text_attn or self.attn).over_time(y)), masks, 0)
         y = self.attn.over_space(self.ln_1(x))
         x = x + (y if self.S_Adapter is None else y + self.S_Adapter(y))
         y = self.ln_2(x)
         if self.MLP_Adapter is None:
             return x + self.mlp(y)
-        return x + self.mlp(y) + _masked(self.scale * self.MLP_Adapter(y), masks, 1)
+        return x + self.mlp(y) + self._masked(self.scale * self.MLP_Adapter(y), masks, 1)
 
-
-class Attention(nn.Module):
-    """CLIP's multi-head self-attention, used over space and over time with the same weights.
-
-    The three projections are three products, so that q, k and v are plain views of contiguous [B, T, N, D] tensors;
-    a fused one would make the temporal view impossible without a copy.
-    """
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def over_space(self, x_BTND: Tensor) -> Tensor:
-        """Every frame's tokens attend to each other."""
-        B, T, N, D = x_BTND.shape
-        return self._attend(x_BTND, (B * T, N, self.heads, D // self.heads))
-
-    def over_time(self, x_BTND: Tensor) -> Tensor:
-        """Every token attends to the same token of the other frames, the class token included."""
-        B, T, N, D = x_BTND.shape
-        return self._attend(x_BTND, (B, T, N * self.heads, D // self.heads))
-
-    def _attend(self, x_BTND: Tensor, view: tuple[int, int, int, int]) -> Tensor:
-        weights = self.in_proj_weight.to(x_BTND.dtype).chunk(3)
-        biases = self.in_proj_bias.to(x_BTND.dtype).chunk(3)
-        q, k, v = (F.linear(x_BTND, w, b).view(view) for w, b in zip(weights, biases, strict=True))
-        return self.out_proj(attention(q, k, v).reshape(x_BTND.shape))
-
-
-class MLP(nn.Module):
-    """CLIP's feed-forward layer, four times the width."""
-
-    def __init__(self, width: int, quick_gelu: bool) -> None:
-        super().__init__()
-        self.quick_gelu = quick_gelu
-        self.c_fc = Linear(width, 4 * width)
-        self.c_proj = Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+    def _masked(self, branch_BTND: Tensor, masks: Tensor | None, column: int) -> Tensor:
+        """A branch times its scaled keep masks (DropPath); unchanged without masks."""
+        if masks is None:
+            return branch_BTND
+        mask = masks[:, column]
+        if self.mask_axis is None:
+            return branch_BTND * mask[:, None, None, None]
+        if self.mask_axis == 1:
+            return branch_BTND * mask[:, :, None, None]
+        return branch_BTND * mask[:1, None, :, None]
 
 
 class Adapter(nn.Module):
@@ -287,19 +229,36 @@ class Adapter(nn.Module):
         return self.D_fc2(F.gelu(self.D_fc1(x)))
 
 
-class Head(nn.Module):
-    """The linear classifier: features [B, D] → logits [B, C]."""
+@dataclass(frozen=True)
+class SpaceOnlyOptions:
+    """The baselines that see no time: nothing but the head's dropout can be set."""
 
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.fc_cls = Linear(width, num_classes)
-        nn.init.normal_(self.fc_cls.weight, std=0.01)
-        nn.init.zeros_(self.fc_cls.bias)
+    head_dropout: float = 0.5
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc_cls(x)
+    def __post_init__(self) -> None:
+        if not 0 <= self.head_dropout < 1:
+            raise ValueError(f"model.head_dropout = {self.head_dropout}; allowed is 0 <= rate < 1")
 
 
-def _masked(branch_BTND: Tensor, masks: Tensor | None, column: int) -> Tensor:
-    """A clip's branch times its scaled keep mask (DropPath); unchanged without masks."""
-    return branch_BTND if masks is None else branch_BTND * masks[:, column, None, None, None]
+class Finetuned(VideoModel):
+    """Finetuned space-only (section 4.1 of the paper): each frame through the image model, all of which trains; the
+    class tokens' mean goes to the head."""
+
+    undecayed_names = AIM.undecayed_names
+
+    def __init__(self, tower: ImageTower, num_classes: int | None, num_frames: int, options: SpaceOnlyOptions) -> None:
+        geometry = tower.geometry
+        assert isinstance(geometry, ViTGeometry)
+        super().__init__(geometry, geometry.width, num_classes, num_frames, options.head_dropout)
+        self.options = options
+        plain = AIMOptions(adapters=())
+        self.backbone = ViT(geometry, lambda _: Block(geometry, plain), None)
+        initialise(self.backbone)
+        load_tower_weights(self.backbone, tower.state_dict, ())
+        self.finish()
+
+
+class Frozen(Finetuned):
+    """Frozen space-only, the linear probe: only the last layer norm and the head train, as in AIM without adapters."""
+
+    trained_names = ("ln_post", "cls_head")

@@ -29,8 +29,9 @@ class LayerNorm(nn.LayerNorm):
 class PatchEmbedding(nn.Conv2d):
     """Non-overlapping patches to tokens: [M, 3, H, W] → [M, (H/p)·(W/p), D], row major."""
 
-    def __init__(self, width: int, patch_size: int) -> None:
-        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=False)
+    def __init__(self, width: int, patch_size: int, bias: bool = False) -> None:
+        super().__init__(3, width, kernel_size=patch_size, stride=patch_size, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight.to(x.dtype), stride=self.stride).flatten(2).transpose(1, 2)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.conv2d(x, self.weight.to(x.dtype), bias, stride=self.stride).flatten(2).transpose(1, 2)

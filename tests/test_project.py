@@ -41,7 +41,8 @@ DOORS: dict[str, set[str]] = {
         *("pipelines/decode.py", "pipelines/colour.py"),
         *("tools/bench_contenders.py", "tools/bench_pipeline.py", "tools/bench_checks.py", "tools/bench_sources.py"),
     },
-    "open_clip": {"model/backbone.py", "tools/pretrain_clip.py"},  # the tool pretrains with it
+    "open_clip": {"model/open_clip_models.py", "tools/pretrain_clip.py"},  # the tool pretrains with it
+    "timm": {"model/timm_models.py"},
     "torchvision": {"pipelines/augment.py"},
     "xformers": {"model/attention.py"},
     "deepspeed": {"train/engine.py"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from model.backbone import image_size, load_clip, load_image_tower
+from model.open_clip_models import image_size, load_clip, load_image_tower
 
 
 def test_geometry_comes_from_the_model() -> None:

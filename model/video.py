@@ -1,0 +1,172 @@
+"""What every method is to the trainer and the tools: clips in, class logits out, random masks from outside.
+
+A method subclasses `VideoModel`: it sets `backbone` (clips [B, T, 3, H, W] and masks → the published implementation's
+own output, [B, D] or [B, D, T, …]), says by name what trains and what is not decayed, and which random masks it wants.
+The rest, the same for all methods, is here: normalisation, precision, pooling, head, optimizer groups.
+
+Legend of shapes: B clips, T frames, H, W pixels, D features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from model.geometry import Geometry
+from model.layers import Linear
+
+BACKBONE = "backbone"  # the prefix of every parameter but the head's, as in the official checkpoints
+
+
+class VideoModel(nn.Module):
+    """Clips to class logits.
+
+    `random_masks` tells the caller which random masks a training step wants: name → drop probabilities (any shape S).
+    The caller draws one mask [B, *S] a clip, 0 where dropped and 1 / (1 - p) where kept, and passes them to `forward`;
+    so randomness belongs to the data plan and not to a device's generator.
+    """
+
+    trained_names: ClassVar[tuple[str, ...] | None] = None
+    """A parameter trains if its name contains one of these (a rule of the official code); None: all train."""
+    undecayed_names: ClassVar[tuple[str, ...]] = ()
+    """A parameter is not decayed if its name contains one of these."""
+    backbone: nn.Module
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
+    def __init__(
+        self, geometry: Geometry, features: int, num_classes: int | None, num_frames: int, head_dropout: float
+    ) -> None:
+        """A subclass sets `backbone` after this, then calls `freeze`. `features` is D; no classes: no head."""
+        super().__init__()
+        self.geometry = geometry
+        self.features = features
+        self.num_classes = num_classes
+        self.num_frames = num_frames
+        self.head_dropout = head_dropout
+        self.compute_dtype = torch.float32
+        self.register_buffer("pixel_mean", 255 * torch.tensor(geometry.mean), persistent=False)
+        self.register_buffer("pixel_std", 255 * torch.tensor(geometry.std), persistent=False)
+
+    def finish(self) -> None:
+        """Ends a subclass's construction: adds the head, after the backbone as in the official order of parameters, and
+        freezes what does not train."""
+        self.cls_head = None if self.num_classes is None else Head(self.features, self.num_classes)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.trains(name))
+
+    def trains(self, name: str) -> bool:
+        """Whether a parameter of this name trains."""
+        return self.trained_names is None or any(part in name for part in self.trained_names)
+
+    @property
+    def random_masks(self) -> dict[str, Tensor]:
+        """Drop probabilities by the name of the mask; a subclass adds its own to `head_dropout` [D]."""
+        return {"head_dropout": torch.full((self.features,), self.head_dropout, dtype=torch.float64)}
+
+    def optimizer_groups(self, weight_decay: float, backbone_lr: float = 1.0) -> list[dict[str, Any]]:
+        """Trainable parameters in the official groups, each with its weight_decay and lr_scale.
+
+        As in the official code (mmcv's `custom_keys`), the longest key found in a name decides alone: with a
+        `backbone_lr` other than 1, "backbone" is such a key, so that norms with shorter names are decayed then.
+        """
+        keys = {name: (1.0, 0.0) for name in self.undecayed_names}
+        if backbone_lr != 1:
+            keys[BACKBONE] = (backbone_lr, weight_decay)
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                found = max((key for key in keys if key in name), key=len, default=None)
+                setting = (1.0, weight_decay) if found is None else keys[found]
+                groups.setdefault(setting, []).append(parameter)
+        return [
+            {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+            for (scale, decay), parameters in groups.items()
+        ]
+
+    def set_compute_dtype(self, dtype: torch.dtype) -> None:
+        """Tokens are computed in `dtype`; frozen weights are stored in it, trainable ones stay float32."""
+        self.compute_dtype = dtype
+        for parameter in self.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype)
+
+    def prepare(self, frames: Tensor) -> Tensor:
+        """uint8 RGB frames [B, T, H, W, 3] as they come from the loader → normalised [B, T, 3, H, W]."""
+        size, expected = self.geometry.image_size, self.num_frames
+        if frames.shape[1] != expected or tuple(frames.shape[2:]) != (size, size, 3):
+            raise ValueError(
+                f"clips of shape {list(frames.shape)} do not fit the model, which takes [B, {expected}, {size}, "
+                f"{size}, 3]: set data.num_frames to what the checkpoint was trained with"
+            )
+        normalised = (frames.float() - self.pixel_mean) / self.pixel_std
+        return normalised.to(self.compute_dtype).permute(0, 1, 4, 2, 3)
+
+    def forward(self, clips: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
+        """uint8 frames [B, T, H, W, 3], or normalised float clips [B, T, 3, H, W] → float32 logits [B, C].
+
+        `masks` as `random_masks` says, None for evaluation. A model without a head returns what the published
+        backbone returns: [B, D, T, …], or [B, D] where that has pooled by itself.
+        """
+        prepared = self.prepare(clips) if clips.dtype == torch.uint8 else clips
+        return self.classify(prepared, masks)
+
+    def classify(self, clips: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Normalised clips [B, T, 3, H, W] → float32 logits [B, C]: the mean of the features over time and space, then
+        dropout and a linear layer (the official I3D head)."""
+        self._require_shape(clips)
+        masks = masks or {}
+        on_meta = clips.device.type == "meta"  # where shapes are computed and autocast does not exist
+        # Layers choose their own precision.
+        with nullcontext() if on_meta else torch.autocast(clips.device.type, enabled=False):
+            output = self.backbone(clips, masks).float()
+            if self.cls_head is None:
+                return output
+            features = output.flatten(2).mean(dim=2) if output.ndim > 2 else output
+            if "head_dropout" in masks:
+                features = features * masks["head_dropout"]
+            return self.cls_head(features)
+
+    def _require_shape(self, clips: Tensor) -> None:
+        size = self.geometry.image_size
+        if tuple(clips.shape[1:]) != (self.num_frames, 3, size, size):
+            raise ValueError(
+                f"clips of shape {list(clips.shape)} do not fit the model, which takes [B, {self.num_frames}, 3, "
+                f"{size}, {size}]"
+            )
+
+
+class Head(nn.Module):
+    """The linear classifier: features [B, D] → logits [B, C]."""
+
+    def __init__(self, features: int, num_classes: int) -> None:
+        super().__init__()
+        self.fc_cls = Linear(features, num_classes)
+        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.zeros_(self.fc_cls.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc_cls(x)
+
+
+def drop_path_rates(rate: float, layers: int) -> Tensor:
+    """Drop probability of each block [layers]: from 0 for the first, linearly, to `rate` for the last."""
+    return rate * torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)
+
+
+def load_tower_weights(module: nn.Module, weights: Mapping[str, Tensor], added: tuple[str, ...]) -> None:
+    """Puts an image model's weights into a video model's backbone; nothing to do if there are none.
+
+    Every tensor must find its place, and every place but those whose names contain one of `added` must be filled: else
+    a ValueError names what is amiss.
+    """
+    if not weights:
+        return
+    missing, unexpected = module.load_state_dict(weights, strict=False)
+    missing = [key for key in missing if not any(part in key for part in added)]
+    if missing or unexpected:
+        raise ValueError(f"weights do not fit the backbone: missing {missing[:4]}, unexpected {unexpected[:4]}")
