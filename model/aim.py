@@ -1,5 +1,6 @@
-"""AIM: a frozen image transformer that understands video through adapters (Yang et al., "AIM: Adapting Image Models for
-Efficient Video Action Recognition", ICLR 2023; official files `mmaction/models/backbones/vit_clip.py`, `vit_imagenet.py`).
+"""AIM: a frozen image transformer that understands video through adapters (Yang et al., "AIM: Adapting Image Models
+for Efficient Video Action Recognition", ICLR 2023; official files `vit_clip.py` and `vit_imagenet.py` in
+`mmaction/models/backbones`).
 
 Every block attends twice with the same frozen weights: over time, then over space. Small bottleneck adapters stand
 after each attention (temporal, spatial) and beside the MLP (joint); they, a temporal embedding, the last layer norm
@@ -27,7 +28,7 @@ from model.video import VideoModel, drop_path_rates, load_tower_weights
 from model.vit import MLP, Attention, ViT, initialise
 
 ADAPTERS = ("spatial", "temporal", "joint")
-_ANY_DEPTH = 1_000_000
+_ANY_DEPTH = 1024  # more than any model has
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,9 @@ class AIMOptions:
     temporal_adapters: int = 1
     """2 adds one before the temporal attention (Something-Something V2)."""
     temporal_weights: str = "reuse"
-    """Whose weights attend over time: "reuse" those that attend over space (AIM), or "text": an experiment, those of the
-    frozen text tower that belongs to a CLIP model, where it is as wide."""
+    """Whose weights attend over time: "reuse" those that attend over space (AIM), or "text": an experiment, those of
+    the frozen text tower that belongs to a CLIP model, where it is as wide. (There they see only what came before; here
+    every frame sees all.)"""
     adapter_ratio: float = 0.25
     adapter_scale: float = 0.5
     """s, the weight of the joint adapter's branch (Swin: always 0.5, as published)."""
@@ -91,7 +93,9 @@ def adapted_layers(positions: str | tuple[int, ...], layers: int) -> frozenset[i
                     "every": range(count - 1, layers, count),
                 }[match[1]]
             )
-    elif positions and len(set(positions)) == len(positions) and all(0 <= layer < layers for layer in positions):
+    elif positions and all(
+        type(layer) is int and 0 <= layer < layers and positions.count(layer) == 1 for layer in positions
+    ):
         return frozenset(positions)
     shown = f'"{positions}"' if isinstance(positions, str) else list(positions)
     raise ValueError(
@@ -129,7 +133,7 @@ class AIM(VideoModel):
 
     @property
     def random_masks(self) -> dict[str, Tensor]:
-        """`drop_path` [L, 2] (temporal, joint), or with the official axis [L, 2, N] or [L, 2, T]; `head_dropout` [D]."""
+        """`drop_path` [L, 2] (temporal, joint), with the official axis [L, 2, N] or [L, 2, T]; `head_dropout` [D]."""
         assert isinstance(self.geometry, ViTGeometry)
         layers = self.geometry.layers
         rates = drop_path_rates(self.options.drop_path, layers)[:, None].expand(layers, 2)
@@ -179,7 +183,7 @@ class Block(nn.Module):
         self.ln_1 = LayerNorm(width, geometry.eps)
         self.attn = Attention(width, geometry.heads)
         self.ln_2 = LayerNorm(width, geometry.eps)
-        self.mlp = MLP(width, geometry.quick_gelu)
+        self.mlp = MLP(width, geometry.quick_gelu, geometry.mlp_width)
         present = options.adapters if adapted else ()
         has = present.__contains__
         self.S_Adapter = Adapter(width, hidden) if has("spatial") else None

@@ -1,4 +1,5 @@
-"""The one door to attention: xformers on CUDA, PyTorch's scaled_dot_product_attention elsewhere, same numbers.
+"""The one door to attention: xformers on CUDA, PyTorch's scaled_dot_product_attention elsewhere and wherever the logits
+have a bias (Swin), same numbers.
 
 Both take q, k and v as [batch, sequence, heads, head width] views with any strides. AIM's two attentions are two such
 views of the same [B, T, N, D] tensor, so neither permutes nor copies tokens:
@@ -29,13 +30,18 @@ SHORT = 24
 backward pass then takes 2 to 3 times as long (17 steps, forward and backward: 21 against 7 ms, torch 2.11, 2 cores)."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q kᵀ / √K) v for q, k, v of [batch, sequence, heads, K]; returns the same shape."""
-    if q.is_cuda and (xformers_ops := _xformers_ops()) is not None:
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / √K + bias) v for q, k, v of [batch, sequence, heads, K]; returns the same shape.
+
+    `bias` [heads, sequence, sequence], in q's dtype, is the same for the whole batch and may train. With one, all
+    devices use SDPA: xformers would want it aligned in memory, which Swin's windows of 49 tokens are not.
+    """
+    if bias is None and q.is_cuda and (xformers_ops := _xformers_ops()) is not None:
         return xformers_ops.memory_efficient_attention(q, k, v)
     slow_backward = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad
     with sdpa_kernel(SDPBackend.MATH) if slow_backward and q.shape[1] <= SHORT else nullcontext():
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        mask = None if bias is None else bias[None]
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
     return out.transpose(1, 2)
 
 

@@ -1,5 +1,5 @@
-"""The image model behind a video model, by name: from open_clip (`ViT-B-16-quickgelu`, …, and the shipped `tiny-clip`) or
-from timm (`vit_base_patch16_224`, `swin_base_patch4_window7_224`, …)."""
+"""The image model behind a video model, by name: from open_clip (`ViT-B-16-quickgelu`, …, and the shipped `tiny-clip`)
+or from timm (`vit_base_patch16_224`, `swin_base_patch4_window7_224`, …)."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from model import open_clip_models, timm_models
 from model.geometry import ImageTower
 
 RANDOM_WEIGHTS = "none"
+EXAMPLES = ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "tiny-clip", "vit_base_patch16_224")
 NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "aim_clip": ((122.769 / 255, 116.74 / 255, 104.04 / 255), (68.493 / 255, 66.63 / 255, 70.321 / 255)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "timesformer": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
 }
-"""Mean and standard deviation of RGB in 0..1. `aim_clip`: CLIP's, as rounded in the official AIM configs; `imagenet`: also
-what those use with ImageNet-21k's ViT, whose weights were made with `half`."""
+"""Mean and standard deviation of RGB in 0..1. `aim_clip`: CLIP's, as rounded in the official AIM configs; `imagenet`:
+also what those use with ImageNet-21k's ViT, whose weights were made with `half`."""
 
 
-def load_image_tower(
-    name: str, pretrained: str, *, normalisation: str = "", text_tower: bool = False
-) -> ImageTower:
+def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", text_tower: bool = False) -> ImageTower:
     """Loads an image model.
 
     Args:
         name: of open_clip or of timm.
-        pretrained: a weight tag of that model, the path of a `.safetensors` file (of a CLIP, also an OpenAI archive),
-            or `none` for random weights.
+        pretrained: a weight tag of that model, the path of a `.safetensors` file (of open_clip's models also of a plain
+            state dict in `.pt`, `.pth` or `.bin`, or of OpenAI's own archive), or `none` for random weights: then the
+            tower has no tensors, and what is built on it keeps the values it was constructed with.
         normalisation: a key of NORMALISATIONS; empty: what the weights were made with.
         text_tower: also loads the text tower's weights; of a model without one, a ValueError.
 
@@ -36,9 +36,47 @@ def load_image_tower(
         ValueError: unknown name or tag, weights that cannot be had, an activation that does not fit the weights, or a
             structure that no method here can adapt.
     """
-    raise NotImplementedError
+    mean_std = _normalisation(normalisation)
+    if _is_of_timm(name):
+        if text_tower:
+            raise ValueError(
+                f'model.temporal_weights = "text" needs a text tower, and {name} has none; choose a CLIP model, or '
+                '"reuse"'
+            )
+        tower = timm_models.load_image_tower(name, pretrained)
+    else:
+        tower = open_clip_models.load_image_tower(name, pretrained, text_tower=text_tower)
+    if mean_std is None:
+        return tower
+    mean, std = mean_std
+    return dataclasses.replace(tower, geometry=dataclasses.replace(tower.geometry, mean=mean, std=std))
 
 
 def image_size(name: str) -> int:
     """Side in pixels of the square frames that a model takes, without building it; ValueError for unknown names."""
-    raise NotImplementedError
+    return timm_models.image_size(name) if _is_of_timm(name) else open_clip_models.image_size(name)
+
+
+def _is_of_timm(name: str) -> bool:
+    """Whether timm has the model, else open_clip has it; ValueError with close names if neither does.
+
+    The few names that both know are towers that open_clip itself takes from timm.
+    """
+    of_timm, of_open_clip = timm_models.names(), open_clip_models.names()
+    if name in of_timm or name in of_open_clip:
+        return name in of_timm
+    base, _, tag = name.partition(".")
+    if base in of_timm:
+        raise ValueError(f"model.name = {name!r}: write model.name = {base!r} and model.pretrained = {tag!r}")
+    close = difflib.get_close_matches(name, of_open_clip, n=4) + difflib.get_close_matches(name, of_timm, n=4)
+    raise ValueError(f"unknown model.name {name!r}; close names: {', '.join(close or EXAMPLES)}")
+
+
+def _normalisation(key: str) -> tuple[tuple[float, float, float], tuple[float, float, float]] | None:
+    if not key:
+        return None
+    if key not in NORMALISATIONS:
+        raise ValueError(
+            f'model.normalisation = {key!r}; allowed is {", ".join(NORMALISATIONS)}, or "" for the weights\' own'
+        )
+    return NORMALISATIONS[key]

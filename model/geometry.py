@@ -27,6 +27,8 @@ class ViTGeometry:
     """A bias in the patch convolution: ImageNet's ViTs have one, CLIP has none."""
     eps: float = 1e-5
     """Of every layer norm; 1e-6 in timm's ViTs."""
+    mlp_width: int = 0
+    """Hidden width of the feed-forward layers; 0: four times the width, as in all but the largest models."""
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +70,6 @@ class ImageTower:
 
     geometry: Geometry
     state_dict: dict[str, Tensor]
-    """Under CLIP's names for a ViT of any origin, under Swin's official ones (see `model.swin`); empty: as constructed."""
+    """Under CLIP's names for a ViT of any origin, Swin's official ones (see `model.swin`); empty: as constructed."""
     text_state: dict[str, Tensor] | None = None
     """Under CLIP's names, the blocks of the text tower that belongs to it (`transformer.resblocks.…`)."""

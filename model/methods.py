@@ -6,9 +6,10 @@ A new method is a subclass of `VideoModel` with a dataclass of options, and an e
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -16,8 +17,17 @@ from model.aim import AIM, AIMOptions, Finetuned, Frozen, SpaceOnlyOptions
 from model.backbone import load_image_tower
 from model.geometry import Geometry, ImageTower, SwinGeometry, ViTGeometry
 from model.swin import AIMSwin, VideoSwin, VideoSwinOptions
-from model.timesformer import TimeSformer, TimeSformerCLIP, TimeSformerOptions
+from model.timesformer import TimeSformer, TimeSformerCLIP, TimeSformerCLIPOptions, TimeSformerOptions
 from model.video import VideoModel
+
+_GEOMETRIES: dict[str, type] = {"vit": ViTGeometry, "swin": SwinGeometry}
+_DESCRIBED = ("method", "backbone", "geometry", "num_classes", "num_frames", "options")
+_MOST = 10**9  # of any number in a description, so that no damaged one claims a machine's memory
+_MOST_INT = 16384
+_MOST_FRAMES = 4096
+_MOST_LAYERS = 512
+
+_KINDS = {int: f"a whole number, 0 to {_MOST_INT}", float: "a number", bool: "true or false", str: "text"}
 
 Create = Callable[[ImageTower, int | None, int, Any], VideoModel]
 
@@ -35,11 +45,11 @@ METHODS: dict[str, Method] = {
     "aim": Method("frozen image model with adapters", AIMOptions, {ViTGeometry: AIM, SwinGeometry: AIMSwin}),
     "frozen": Method("frozen image model, frame by frame, new head", SpaceOnlyOptions, {ViTGeometry: Frozen}),
     "finetuned": Method("the same with all of it trained", SpaceOnlyOptions, {ViTGeometry: Finetuned}),
-    "timesformer": Method(
-        "divided space-time attention, as published", TimeSformerOptions, {ViTGeometry: TimeSformer}
-    ),
+    "timesformer": Method("divided space-time attention, as published", TimeSformerOptions, {ViTGeometry: TimeSformer}),
     "timesformer_clip": Method(
-        "divided space-time attention, as the AIM paper compares", TimeSformerOptions, {ViTGeometry: TimeSformerCLIP}
+        "divided space-time attention, as the AIM paper compares",
+        TimeSformerCLIPOptions,
+        {ViTGeometry: TimeSformerCLIP},
     ),
     "video_swin": Method("3-D shifted windows, all trained", VideoSwinOptions, {SwinGeometry: VideoSwin}),
 }
@@ -75,7 +85,7 @@ def build(
     normalisation: str = "",
     options: Any | None = None,
 ) -> VideoModel:
-    """As `create`, on an image model by name (see `model.backbone.load_image_tower`); the same for the same arguments."""
+    """As `create`, on an image model by name (`model.backbone.load_image_tower`); the same for the same arguments."""
     torch.manual_seed(seed)
     text_tower = getattr(options, "temporal_weights", "") == "text"
     tower = load_image_tower(name, pretrained, normalisation=normalisation, text_tower=text_tower)
@@ -96,5 +106,110 @@ def describe(model: VideoModel) -> dict[str, Any]:
 
 
 def from_description(description: Mapping[str, Any]) -> VideoModel:
-    """The model that `describe` described, with random weights; ValueError names what is not as it should be."""
-    raise NotImplementedError
+    """The model that `describe` described, with random weights.
+
+    Raises ValueError naming what is not as it should be: a description may come from a stranger's file.
+    """
+    method, geometry, options, num_classes, num_frames = _parse(description)
+    return create(method, ImageTower(geometry, {}), num_classes=num_classes, num_frames=num_frames, options=options)
+
+
+def _parse(description: Mapping[str, Any]) -> tuple[str, Geometry, Any, int | None, int]:
+    """What `create` takes, each value checked."""
+    _require_keys("model", description, _DESCRIBED, _DESCRIBED)
+    method, backbone = description["method"], description["backbone"]
+    if not isinstance(method, str) or method not in METHODS:
+        raise ValueError(f"model.method = {_shown(method)}; allowed is {', '.join(METHODS)}")
+    if not isinstance(backbone, str) or backbone not in _GEOMETRIES:
+        raise ValueError(f"model.backbone = {_shown(backbone)}; allowed is {' or '.join(_GEOMETRIES)}")
+    geometry = _filled(_GEOMETRIES[backbone], "geometry", description["geometry"])
+    _require_sane(geometry)
+    options = _filled(METHODS[method].options, "options", description["options"])
+    classes, frames = description["num_classes"], description["num_frames"]
+    if classes is not None and not _is(classes, int, 1, _MOST):
+        raise ValueError(f"model.num_classes = {_shown(classes)}; allowed is null, or 1 to {_MOST}")
+    if not _is(frames, int, 1, _MOST_FRAMES):
+        raise ValueError(f"model.num_frames = {_shown(frames)}; allowed is 1 to {_MOST_FRAMES}")
+    return method, geometry, options, classes, frames
+
+
+def _filled(kind: type, section: str, values: Any) -> Any:
+    """The dataclass `kind` from plain JSON values; fields that are not given have their defaults."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
+    _require_keys(f"model.{section}", values, fields, required)
+    hints = get_type_hints(kind)
+    return kind(**{name: _typed(f"model.{section}.{name}", value, hints[name]) for name, value in values.items()})
+
+
+def _typed(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotation `hint` wants it: lists become tuples, whole numbers floats where those are wanted."""
+    if get_origin(hint) in (Union, UnionType):
+        listed = isinstance(value, list | tuple)
+        fitting = [kind for kind in get_args(hint) if (get_origin(kind) is tuple) == listed]
+        hint = fitting[0] if fitting else hint
+    if get_origin(hint) is tuple:
+        kinds = get_args(hint)
+        open_ended = kinds[-1] is Ellipsis
+        if isinstance(value, list | tuple) and len(value) <= _MOST_LAYERS and (open_ended or len(value) == len(kinds)):
+            return tuple(_typed(name, part, kinds[0]) for part in value)
+    elif hint is float and _is(value, int | float, -_MOST, _MOST):
+        return float(value)
+    elif _is(value, int, 0, _MOST_INT) if hint is int else hint in (bool, str) and isinstance(value, hint):
+        return value
+    raise ValueError(f"{name} = {_shown(value)}; allowed is {_KINDS.get(hint, hint)}")
+
+
+def _require_sane(geometry: Geometry) -> None:
+    """ValueError for numbers of which no image model can be made, or only one too large for any machine."""
+    plain = dataclasses.asdict(geometry)
+    for name, most in {"width": _MOST_INT, "layers": _MOST_LAYERS, "patch_size": 1024, "image_size": 8192}.items():
+        if name in plain and not 1 <= plain[name] <= most:
+            raise ValueError(f"model.geometry.{name} = {plain[name]}; allowed is 1 to {most}")
+    if min(geometry.std) <= 0:
+        raise ValueError(f"model.geometry.std = {list(geometry.std)}; allowed are numbers above 0")
+    if geometry.image_size % geometry.patch_size:
+        raise ValueError(
+            f"model.geometry.image_size = {geometry.image_size} is no multiple of patch_size = {geometry.patch_size}"
+        )
+    if isinstance(geometry, ViTGeometry):
+        widths, heads = [geometry.width], [geometry.heads]
+        if not 0 < geometry.eps < 1:
+            raise ValueError(f"model.geometry.eps = {geometry.eps}; allowed is 0 < eps < 1")
+    else:
+        widths = [geometry.width * 2**stage for stage in range(len(geometry.depths))]
+        heads = list(geometry.heads)
+        if not 1 <= len(widths) <= 8 or len(heads) != len(widths) or min(geometry.depths) < 1:
+            raise ValueError(
+                f"model.geometry.depths = {list(geometry.depths)} and heads = {heads}; allowed are as many of the one "
+                "as of the other, 1 to 8"
+            )
+        if not 1 <= geometry.layers <= _MOST_LAYERS or not 1 <= geometry.window <= 64:
+            raise ValueError(
+                f"model.geometry.depths = {list(geometry.depths)}, window = {geometry.window}; allowed are 1 to "
+                f"{_MOST_LAYERS} blocks and windows of 1 to 64"
+            )
+    for width, count in zip(widths, heads, strict=True):
+        if count < 1 or width % count:
+            raise ValueError(f"model.geometry.heads = {count}; allowed is a divisor of the width {width}")
+
+
+def _require_keys(section: str, values: Any, allowed: Iterable[str], required: Iterable[str]) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{section} is {_shown(values)}; a table of {', '.join(sorted(allowed))} is needed")
+    unknown, missing = sorted(map(str, set(values) - set(allowed))), sorted(set(required) - set(values))
+    if unknown:
+        raise ValueError(
+            f"{section} has an unknown entry {unknown[0][:80]!r}; allowed are {', '.join(sorted(allowed))}"
+        )
+    if missing:
+        raise ValueError(f"{section} lacks {missing[0]!r}")
+
+
+def _is(value: Any, kind: Any, least: float, most: float) -> bool:
+    """Whether it is a number of that kind within the bounds; True and False are none, nor is NaN."""
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

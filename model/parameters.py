@@ -6,6 +6,10 @@ from collections import defaultdict
 
 from torch import nn
 
+from model.video import BACKBONE
+
+_STACKS = ("resblocks", "layers", "blocks")  # lists of blocks or of stages
+
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """Number of all parameters and of the trainable ones."""
@@ -29,9 +33,14 @@ def parameter_table(model: nn.Module) -> str:
 
 
 def _part(name: str) -> str:
-    """`backbone.transformer.resblocks.3.attn.out_proj.weight` → `resblocks.*.attn`."""
-    words = name.split(".")
-    if "resblocks" in words:
-        at = words.index("resblocks")
-        return f"resblocks.*.{words[at + 2]}"
-    return words[1] if words[0] == "backbone" else words[0]
+    """The kind of part that a parameter belongs to; blocks and stages of one kind are one.
+
+    `backbone.transformer.resblocks.3.attn.out_proj.weight` → `resblocks.*.attn`,
+    `backbone.layers.2.blocks.5.mlp.fc1.weight` → `layers.*.blocks.*.mlp`.
+    """
+    words = name.removeprefix(f"{BACKBONE}.").split(".")
+    stacks = [at for at, word in enumerate(words) if word in _STACKS and words[at + 1].isdecimal()]
+    if not stacks:
+        return words[0]
+    kind = ["*" if word.isdecimal() else word for word in words[stacks[0] :]]
+    return ".".join(kind[: stacks[-1] - stacks[0] + 3])

@@ -74,7 +74,7 @@ class VideoModel(nn.Module):
         As in the official code (mmcv's `custom_keys`), the longest key found in a name decides alone: with a
         `backbone_lr` other than 1, "backbone" is such a key, so that norms with shorter names are decayed then.
         """
-        keys = {name: (1.0, 0.0) for name in self.undecayed_names}
+        keys = dict.fromkeys(self.undecayed_names, (1.0, 0.0))
         if backbone_lr != 1:
             keys[BACKBONE] = (backbone_lr, weight_decay)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -166,6 +166,12 @@ def load_tower_weights(module: nn.Module, weights: Mapping[str, Tensor], added: 
     """
     if not weights:
         return
+    own = module.state_dict()
+    for key, value in weights.items():
+        if key in own and own[key].shape != value.shape:
+            raise ValueError(
+                f"weights do not fit the backbone: {key} is {list(value.shape)} instead of {list(own[key].shape)}"
+            )
     missing, unexpected = module.load_state_dict(weights, strict=False)
     missing = [key for key in missing if not any(part in key for part in added)]
     if missing or unexpected:

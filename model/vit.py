@@ -1,4 +1,4 @@
-"""The image transformer that AIM, TimeSformer on CLIP and the space-only baselines share: stem, blocks' parts, last norm.
+"""The image transformer that AIM, TimeSformer on CLIP and the space-only baselines share: stem, parts of blocks, norm.
 
 Parameters bear CLIP's names, which are the official AIM's. Tokens are held as x_BTND from stem to head and never
 permuted.
@@ -110,13 +110,14 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer, four times the width."""
+    """The feed-forward layer."""
 
-    def __init__(self, width: int, quick_gelu: bool) -> None:
+    def __init__(self, width: int, quick_gelu: bool, hidden: int = 0) -> None:
+        """`hidden`: its width within; 0: four times the width."""
         super().__init__()
         self.quick_gelu = quick_gelu
-        self.c_fc = Linear(width, 4 * width)
-        self.c_proj = Linear(4 * width, width)
+        self.c_fc = Linear(width, hidden or 4 * width)
+        self.c_proj = Linear(hidden or 4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_fc(x)
@@ -126,6 +127,7 @@ class MLP(nn.Module):
 def initialise(module: nn.Module) -> None:
     """The official start, before pretrained weights: every linear layer truncated normal of std 0.02 with bias 0."""
     for part in module.modules():
-        if isinstance(part, nn.Linear):
+        if isinstance(part, nn.Linear) and not part.weight.is_meta:  # on meta it would only take time
             nn.init.trunc_normal_(part.weight, std=0.02)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -30,3 +31,22 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def one_of_several(main: Callable[[], int | None]) -> int:
+    """`main` as one process of those that `deepspeed` or torchrun started, for `run_cli`.
+
+    They often fail alike: then the launcher ends the others while they wait here, and only rank 0's message is seen.
+    One that failed alone is heard after all.
+    """
+    try:
+        status = main() or 0
+    except (ValueError, OSError):
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5.0)
+        raise
+    import torch.distributed as dist  # after `main`, which may set up the environment that torch reads
+
+    if dist.is_initialized():  # NCCL asks to be left in order
+        dist.destroy_process_group()
+    return status

@@ -207,7 +207,7 @@ class ClipLoader:
             raise ValueError(
                 f"{self._shards.folder}: {row.attempts} samples in a row cannot be decoded; last: {reason}"
             )
-        row.turn = substitute(len(self._shards), row.planned, self._seed, row.attempts)
+        row.turn = substitute(len(self._shards), row.planned, self._seed, row.attempts, kept=self._shards.kept)
 
     def _report(self, sample_id: int, key: str, reason: str) -> None:
         if sample_id not in self.bad:

@@ -216,12 +216,22 @@ class Order:
     """The endless training sequence: one permutation of all samples after another, no drop, no padding.
 
     With `window` 0 an epoch is one permutation of all samples. With `window` W the shards are permuted, taken W at a
-    time, and the samples of those W permuted among themselves, so that only W shards are read at once.
+    time, and the samples of those W permuted among themselves, so that only W shards are read at once. With `kept`,
+    ascending sample ids, the sequence is of these alone.
     """
 
-    def __init__(self, samples_of_shards: Sequence[int], seed: int, *, window: int = 0) -> None:
-        self._sizes = np.asarray(samples_of_shards, np.int64)
-        self._first = np.concatenate([[0], np.cumsum(self._sizes)])
+    def __init__(
+        self,
+        samples_of_shards: Sequence[int],
+        seed: int,
+        *,
+        window: int = 0,
+        kept: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._first = np.concatenate([[0], np.cumsum(samples_of_shards, dtype=np.int64)])
+        if kept is not None:
+            self._first = np.searchsorted(kept, self._first)
+        self._sizes, self._kept = np.diff(self._first), kept
         self.num_samples = int(self._first[-1])
         self._seed, self._window = seed, window
         self._blocks = lru_cache(maxsize=2)(self._draw_blocks)
@@ -233,7 +243,8 @@ class Order:
         ends = self._blocks(epoch)[1]
         block = int(np.searchsorted(ends, place, side="right"))
         first = int(ends[block - 1]) if block else 0
-        return Turn(int(self._members(epoch, block)[place - first]), epoch)
+        member = int(self._members(epoch, block)[place - first])
+        return Turn(member if self._kept is None else int(self._kept[member]), epoch)
 
     def _draw_blocks(self, epoch: int) -> tuple[list[NDArray[np.int64]], NDArray[np.int64]]:
         """The shards of every block, and how many samples the blocks up to and with each hold."""
@@ -245,7 +256,7 @@ class Order:
         return blocks, np.cumsum([self._sizes[block].sum() for block in blocks])
 
     def _draw_members(self, epoch: int, block: int) -> NDArray[Any]:
-        """The sample ids of a block, in their order."""
+        """The samples of a block, in their order: their ids, or where these stand in `kept`."""
         if not self._window:
             narrow = np.int32 if self.num_samples < 2**31 else np.int64  # the same order either way
             return _stream(self._seed, "order", epoch).permutation(np.arange(self.num_samples, dtype=narrow))
@@ -309,7 +320,7 @@ def plan_clip(sample: Sample, turn: Turn, seed: int, options: ClipOptions) -> Cl
     if turn.epoch == EVAL_EPOCH:
         crop, clip = divmod(turn.view, options.test_clips)
         frames = eval_frames(sample.source_frames, options, clip)
-        box, flip = _eval_box(sample.width, sample.height, options, crop), False
+        box, flip = eval_box(sample.width, sample.height, options, crop), False
     else:
         random = _stream(seed, "clip", turn.epoch, sample.sample_id)
         frames = train_frames(random, sample.source_frames, options)
@@ -340,10 +351,11 @@ def plan_mix(seed: int, step: int, options: ClipOptions) -> MixPlan | None:
     return MixPlan(weight, region)
 
 
-def substitute(num_samples: int, turn: Turn, seed: int, attempt: int) -> Turn:
-    """The turn that replaces one whose sample cannot be decoded: the same for all ranks, chosen without looking."""
+def substitute(num_samples: int, turn: Turn, seed: int, attempt: int, *, kept: NDArray[np.int64] | None = None) -> Turn:
+    """The turn that replaces one whose sample cannot be decoded: the same for all ranks, chosen without looking, of all
+    `num_samples` or of the ids `kept`."""
     random = _stream(seed, "substitute", turn.epoch, turn.sample_id, attempt)
-    return Turn(int(random.integers(num_samples)), turn.epoch)
+    return Turn(int(random.integers(num_samples) if kept is None else random.choice(kept)), turn.epoch)
 
 
 def draw_masks(
@@ -416,9 +428,9 @@ def _random_box(
     return _centre_box(width, height, 1.0)
 
 
-def _eval_box(width: int, height: int, options: ClipOptions, crop: int) -> tuple[int, int, int, int]:
-    """The centre, or one of three squares of the whole short side: left, right, middle (top, bottom, middle), placed as
-    by MMAction's `ThreeCrop`."""
+def eval_box(width: int, height: int, options: ClipOptions, crop: int) -> tuple[int, int, int, int]:
+    """left, top, width, height of a crop in evaluation: the centre, or one of three squares of the whole short side,
+    left, right, middle (top, bottom, middle), placed as by MMAction's `ThreeCrop`."""
     if options.test_crops == 1:
         return _centre_box(width, height, options.eval_crop)
     side = min(width, height)

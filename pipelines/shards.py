@@ -305,6 +305,8 @@ class ShardSet:
         self.verified: bool = manifest["verified"]
         """Whether every frame was decoded when the set was made; if not, only worker processes decode it."""
         self.fingerprint: str = manifest["fingerprint"]
+        self.kept: NDArray[np.int64] | None = None
+        """The ids, ascending, that training takes (see `subset.py`); None: all."""
         self._ends = list(accumulate(shard.samples for shard in self.shards))
         self._indexes: OrderedDict[int, _Index] = OrderedDict()
         # Every mapped file holds a descriptor, and the limit is often 1024 for the whole process.
@@ -328,6 +330,11 @@ class ShardSet:
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
+
+    @property
+    def num_kept(self) -> int:
+        """Samples that training takes."""
+        return len(self) if self.kept is None else len(self.kept)
 
     def __getitem__(self, sample_id: int) -> Sample:
         if not 0 <= sample_id < len(self):

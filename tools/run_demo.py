@@ -44,6 +44,8 @@ LADDER = {
 }
 """Rung → what it is called, model.adapters."""
 MARKER = ".made-by-run_demo"
+QUICK_COUNTS = ("--train", "96", "--val", "32")
+QUICK_SETTINGS = ("schedule.epochs=3", "schedule.warmup_epochs=0.3", "train.log_every=1")
 
 
 def main() -> None:
@@ -51,12 +53,8 @@ def main() -> None:
     out: Path = arguments.out
     start = time.monotonic()
     prepare_folder(out)
-    counts = ["--train", "96", "--val", "32"] if arguments.quick else []
-    run("tools/make_motion_videos.py", "--out", str(out / "videos"), *counts)
-    run(
-        *("tools/make_shards.py", str(out / "videos"), "--annotations", str(out / "videos/annotations.tsv")),
-        *("--out", str(out / "shards")),
-    )
+    counts = QUICK_COUNTS if arguments.quick else ()
+    make_motion_set(out, *counts)
     for rung, (title, adapters) in LADDER.items():
         print(f"\n=== {title} ===", flush=True)
         settings: dict[str, object] = {
@@ -64,9 +62,8 @@ def main() -> None:
             "model.adapters": adapters,
             "run.out": str(out / rung),
         }
-        if arguments.quick:
-            settings |= {"schedule.epochs": 3, "schedule.warmup_epochs": 0.3, "train.log_every": 1}
-        overrides = [text for key, value in settings.items() for text in ("--set", f"{key}={json.dumps(value)}")]
+        texts = [*(QUICK_SETTINGS if arguments.quick else ()), *(f"{k}={json.dumps(v)}" for k, v in settings.items())]
+        overrides = [word for text in texts for word in ("--set", text)]
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", "1"]
         run("train/main.py", "--recipe", "demo", *overrides, launcher=launcher)
     draw_report(out)
@@ -96,6 +93,17 @@ def prepare_folder(out: Path) -> None:
         shutil.rmtree(out)
     out.mkdir(parents=True)
     (out / MARKER).touch()
+
+
+def make_motion_set(folder: Path, *counts: str) -> Path:
+    """Makes the motion videos in `folder` and packs them, unless that was done before; returns the packed set."""
+    videos, shards = folder / "videos", folder / "shards"
+    if not videos.exists():
+        run("tools/make_motion_videos.py", "--out", str(videos), *counts)
+    if not shards.exists():
+        annotations = str(videos / "annotations.tsv")
+        run("tools/make_shards.py", str(videos), "--annotations", annotations, "--out", str(shards))
+    return shards
 
 
 def run(*command: str, launcher: list[str] | None = None) -> None:

@@ -29,6 +29,7 @@ from pipelines.loader import ClipBatch, ClipLoader
 from pipelines.plan import ClipPlan, Order, Turn, eval_turns, plan_mix
 from pipelines.remote import open_set
 from pipelines.shards import ShardSet
+from pipelines.subset import choose_fraction
 from train.config import Config
 from train.loss import soft_targets
 from train.resolve import load_config
@@ -43,6 +44,8 @@ def main() -> None:
     config = load_config(arguments.recipe, [*arguments.set, f"data.shards={json.dumps(arguments.shards)}"])
     split = arguments.split or (config.data.val_split if arguments.eval else config.data.train_split)
     shards = open_set(arguments.shards, split, cache=config.data.cache)
+    if not arguments.eval:
+        shards.kept = choose_fraction(shards, config.data.fraction, config.data.fraction_seed)
     turns = first_turns(shards, arguments.clips, config, arguments.eval)
     count = len(turns)
     with ClipLoader(
@@ -74,9 +77,9 @@ def first_turns(shards: ShardSet, count: int, config: Config, evaluation: bool) 
     if evaluation:
         count = min(count, len(shards) * options.num_views)
         return next(eval_turns(len(shards), options.num_views, micro_batch=count, rank=0, world=1))
-    count = min(count, len(shards))
+    count = min(count, shards.num_kept)
     sizes = [shard.samples for shard in shards.shards]
-    order = Order(sizes, config.train.seed, window=options.shuffle_shards)
+    order = Order(sizes, config.train.seed, window=options.shuffle_shards, kept=shards.kept)
     return [order.turn(position) for position in range(count + (options.mixes and count % 2))]
 
 

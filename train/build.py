@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
-import torch
 import xxhash
 from torch import nn
 
-from model.aim import AIM, AIMOptions
-from model.backbone import load_image_tower
+from model import methods
+from model.video import VideoModel
 from train.config import ModelConfig
 
 
-def build_model(config: ModelConfig, *, num_classes: int, num_frames: int, seed: int) -> AIM:
+def build_model(config: ModelConfig, *, num_classes: int, num_frames: int, seed: int) -> VideoModel:
     """The model at its initialisation, in float32 on the CPU; the same for the same arguments.
 
-    Raises ValueError for an unknown name, or weights that cannot be had or do not fit.
+    Raises ValueError for an unknown name, weights that cannot be had or do not fit, or a method that cannot adapt it.
     """
-    torch.manual_seed(seed)
-    tower = load_image_tower(config.name, config.pretrained)
-    options = AIMOptions(**{f.name: getattr(config, f.name) for f in fields(AIMOptions)})
-    return AIM(tower, num_classes, num_frames, options)
+    return methods.build(
+        config.method,
+        config.name,
+        config.pretrained,
+        num_classes=num_classes,
+        num_frames=num_frames,
+        seed=seed,
+        normalisation=config.normalisation,
+        options=config.options,
+    )
 
 
 def backbone_checksum(model: nn.Module) -> str:

@@ -14,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def identity(config: Config, *, fingerprint: str, backbone: str) -> dict[str, An
     sections["data"] = {k: v for k, v in sections["data"].items() if k not in _FREE_DATA_KEYS}
     if config.data.sampling == "uniform":
         sections["data"].pop("interval")
+    if config.data.fraction == 1:
+        sections["data"].pop("fraction_seed")
     sections["model"].pop("pretrained")  # a path may have moved; the checksum of the weights decides
     sections["train"] = {name: document["train"][name] for name in ("seed", "label_smoothing")}
     sections["ds"] = {k: v for k, v in document["deepspeed"].items() if k in _DEEPSPEED_KEYS}
@@ -67,12 +69,13 @@ def save_checkpoint(
     world_size: int,
     batch: Batch,
     bad_samples: Iterable[int],
+    classes: Sequence[str],
     keep: int,
 ) -> Path:
     """Writes the checkpoint of a run after `step` steps and removes all but the newest `keep`.
 
-    `run` is what `identity` returned; `bad_samples` are the ids of the training split that could not be decoded. Raises
-    OSError when it cannot be written; then no such folder appears.
+    `run` is what `identity` returned; `bad_samples` are the ids of the training split that could not be decoded,
+    `classes` the names of its classes. Raises OSError when it cannot be written; then no such folder appears.
     """
     tensors = _state(model, optimizer)
     data = save_tensors(tensors)
@@ -83,6 +86,7 @@ def save_checkpoint(
         "world_size": world_size,
         "micro_batch": batch.micro,
         "bad_samples": sorted(bad_samples),
+        "classes": list(classes),
         "run": dict(run),
         "config": config.as_dict(),
         "parameters": [name.removeprefix("weights/") for name in tensors if name.startswith("weights/")],

@@ -13,11 +13,13 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
-from model.aim import AIMOptions
+from model.backbone import NORMALISATIONS
+from model.methods import METHODS
 from pipelines.cache import CacheSettings, default_cache_folder
 from pipelines.plan import ClipOptions
 
-METHODS = ("aim",)
+PUBLISHED_BATCH = 64
+"""Clips a step of the published runs, which the published learning rate is for."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,10 @@ class DataConfig(ClipOptions):
     train_split: str = "train"
     val_split: str = "val"
     """Evaluated during training; empty: nothing is."""
+    fraction: float = 1.0
+    """Share of the training split that is learned from, the same of every class (see `pipelines.subset`)."""
+    fraction_seed: int = 0
+    """Which samples these are; with the same seed, a smaller share is part of a larger one."""
     shuffle_shards: int = 0
     """0: an epoch is one permutation of all samples. W: the shards are permuted, taken W at a time, and the samples of
     those permuted, so that only W shards are read at once (slow disks, remote sets)."""
@@ -46,6 +52,8 @@ class DataConfig(ClipOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        allow("data.fraction", self.fraction, 0 < self.fraction <= 1, "a share, 0 < fraction <= 1")
+        allow("data.fraction_seed", self.fraction_seed, 0 <= self.fraction_seed < 2**63, "0 to 2^63 - 1")
         allow("data.shuffle_shards", self.shuffle_shards, self.shuffle_shards >= 0, "0 (all) or more shards")
         allow("data.cache_gb", self.cache_gb, 0 < self.cache_gb < inf, "more than 0")
         allow("data.workers", self.workers, 0 <= self.workers <= 256, "0 (automatic) to 256")
@@ -61,19 +69,34 @@ class DataConfig(ClipOptions):
 
 
 @dataclass(frozen=True)
-class ModelConfig(AIMOptions):
-    """[model]: the frozen backbone and what of AIM stands in it (see `AIMOptions`)."""
+class ModelConfig:
+    """[model]: the method, the image model it starts from, and the method's own options, which stand beside these in a
+    recipe (`model.adapters`)."""
 
     method: str = "aim"
+    """A key of `model.methods.METHODS`."""
     name: str = "ViT-B-16-quickgelu"
-    """An open_clip model, or `tiny-clip`, which ships with the project."""
+    """An image model of open_clip or timm, or `tiny-clip`, which ships with the project."""
     pretrained: str = "openai"
     """A weight tag of that model, the path of a .safetensors file, or `none` for random weights."""
+    normalisation: str = ""
+    """A key of `model.backbone.NORMALISATIONS`; empty: what the weights were made with."""
+    options: Any = None
+    """An instance of the method's dataclass of options (see `METHODS`); None becomes its defaults."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         allow("model.method", self.method, self.method in METHODS, " or ".join(METHODS))
-        allow("model.adapter_scale", self.adapter_scale, 0 <= self.adapter_scale < inf, "0 or more")
+        names = ("", *NORMALISATIONS)
+        allow("model.normalisation", self.normalisation, self.normalisation in names, f"one of {json.dumps(names)}")
+        kind = METHODS[self.method].options
+        if self.options is None:
+            object.__setattr__(self, "options", kind())
+        assert type(self.options) is kind, (self.method, self.options)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As in a recipe: the options beside the rest."""
+        document = asdict(self)
+        return document | document.pop("options")
 
 
 @dataclass(frozen=True)
@@ -81,33 +104,48 @@ class OptimizerConfig:
     """[optimizer]: AdamW."""
 
     lr: float = 3e-4
-    """Peak learning rate, for the global batch that is set (published: 3e-4 for 64); never rescaled."""
+    """Peak learning rate (published: 3e-4 for 64 clips a step)."""
+    lr_scaling: str = "none"
+    """`none`: lr is for the global batch that is set. `linear`: it is for 64 clips, and grows with the batch."""
+    backbone_lr: float = 1.0
+    """Factor of the learning rate of what trains outside the head (official: 0.1 for ViT-L on Kinetics-400 and
+    Something-Something V2)."""
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.05
 
     def __post_init__(self) -> None:
         allow("optimizer.lr", self.lr, 0 < self.lr < inf, "more than 0")
+        scalings = ("none", "linear")
+        allow("optimizer.lr_scaling", self.lr_scaling, self.lr_scaling in scalings, " or ".join(scalings))
+        allow("optimizer.backbone_lr", self.backbone_lr, 0 < self.backbone_lr < inf, "a factor, more than 0")
         allow("optimizer.betas", list(self.betas), all(0 <= b < 1 for b in self.betas), "two numbers, 0 <= beta < 1")
         allow("optimizer.eps", self.eps, 0 < self.eps < inf, "more than 0")
         allow("optimizer.weight_decay", self.weight_decay, 0 <= self.weight_decay < inf, "0 or more")
 
+    def peak(self, global_batch: int) -> float:
+        """Peak learning rate of the head for a global batch."""
+        return self.lr * global_batch / PUBLISHED_BATCH if self.lr_scaling == "linear" else self.lr
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """[schedule]: linear warm-up times a cosine to 0, both per step (the official cosine moves once an epoch)."""
+    """[schedule]: linear warm-up times a cosine to 0 (see `schedule.learning_rate`)."""
 
     epochs: float = 30.0
     """Passes over the training split; may be a fraction."""
     warmup_epochs: float = 2.5
     warmup_start: float = 0.1
     """Factor of the first step, rising linearly to 1."""
+    cosine: str = "step"
+    """When the cosine moves: with every `step`, or once an `epoch`, as in the official runs."""
 
     def __post_init__(self) -> None:
         allow("schedule.epochs", self.epochs, 0 < self.epochs <= 100_000, "more than 0, up to 100000")
         fits = 0 <= self.warmup_epochs <= self.epochs
         allow("schedule.warmup_epochs", self.warmup_epochs, fits, f"0 to schedule.epochs = {self.epochs:g}")
         allow("schedule.warmup_start", self.warmup_start, 0 <= self.warmup_start <= 1, "0 to 1")
+        allow("schedule.cosine", self.cosine, self.cosine in ("step", "epoch"), "step or epoch")
 
 
 @dataclass(frozen=True)
@@ -166,8 +204,8 @@ class Config:
         return bool(self.deepspeed["torch_autocast"]["enabled"])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        document: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        """Plain values, for JSON; `resolve.config_from_dict` makes an equal configuration of them."""
+        document: dict[str, Any] = json.loads(json.dumps(asdict(self) | {"model": self.model.as_dict()}))
         return document
 
 

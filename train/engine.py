@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from model.video import VideoModel
 from train.config import Batch, OptimizerConfig
 
 STALE_BUILD_SECONDS = 600.0  # building the operator takes about a minute
@@ -129,7 +130,7 @@ class Engine:
     def __init__(
         self,
         world: World,
-        model: nn.Module,
+        model: VideoModel,
         settings: OptimizerConfig,
         deepspeed_document: Mapping[str, Any],
         batch: Batch,
@@ -138,7 +139,7 @@ class Engine:
 
         model.to(world.device)
         self.optimizer = torch.optim.AdamW(
-            model.optimizer_groups(settings.weight_decay),  # type: ignore[operator]
+            model.optimizer_groups(settings.weight_decay, settings.backbone_lr),
             lr=settings.lr,
             betas=settings.betas,
             eps=settings.eps,
@@ -161,9 +162,12 @@ class Engine:
         return logits
 
     def learn(self, loss: Tensor, lr: float) -> None:
-        """Backward pass; after the last micro-batch of a step also averages, clips, and steps the optimizer."""
+        """Backward pass; after the last micro-batch of a step also averages, clips, and steps the optimizer.
+
+        `lr` is the head's; a group of parameters multiplies it by its own `lr_scale`.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self._engine.backward(loss)
         self._engine.step()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from model.aim import AIM
+from model.video import VideoModel
 from pipelines.augment import augment_clips, mix_clips
 from pipelines.loader import ClipBatch, ClipLoader, default_workers
 from pipelines.plan import MixPlan, Order, draw_masks, num_steps, plan_mix, train_turns
@@ -36,7 +36,7 @@ class Job:
     config: Config
     world: World
     batch: Batch
-    model: AIM
+    model: VideoModel
     engine: Engine
     shards: ShardSet
     """The training split."""
@@ -51,7 +51,7 @@ class Job:
 
     @property
     def num_steps(self) -> int:
-        return num_steps(self.config.schedule.epochs, len(self.shards), self.batch.total)
+        return num_steps(self.config.schedule.epochs, self.shards.num_kept, self.batch.total)
 
     @property
     def log_every(self) -> int:
@@ -73,10 +73,9 @@ class Job:
 
     def train_loader(self) -> ClipLoader:
         """This rank's training micro-batches, from the next step to the last."""
+        sizes, window = [shard.samples for shard in self.shards.shards], self.config.data.shuffle_shards
         turns = train_turns(
-            Order(
-                [s.samples for s in self.shards.shards], self.config.train.seed, window=self.config.data.shuffle_shards
-            ),
+            Order(sizes, self.config.train.seed, window=window, kept=self.shards.kept),
             global_batch=self.batch.total,
             micro_batch=self.batch.micro,
             rank=self.world.rank,
@@ -103,6 +102,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
         if not (job.out / PREDICTIONS).exists():  # the evaluation at its end failed
             _evaluate(job, job.num_steps, log)
         return
+    peak = config.optimizer.peak(batch.total)
     probabilities = {name: p.numpy() for name, p in job.model.random_masks.items()}
     mean_colour = job.model.pixel_mean.round().to(torch.uint8)
     loss_sum, loss_count = torch.zeros((), device=device), 0
@@ -110,7 +110,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
         clock = Clock(batch.total, lambda: loader.wait_seconds)
         logged = clock.read()
         for step in range(job.start_step + 1, job.num_steps + 1):
-            lr = learning_rate(step - 1, job.num_steps, config.optimizer.lr, config.schedule)
+            lr = learning_rate(step - 1, job.num_steps, peak, config.schedule)
             mix = plan_mix(config.train.seed, step - 1, config.data)
 
             for _ in range(batch.accumulation):
@@ -136,7 +136,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
                 clock.start_measuring()
             ends, seen, before = step == job.num_steps, step * batch.total, (step - 1) * batch.total
             saves = ends or crosses(step, step - 1, config.train.checkpoint_every)
-            evaluates = ends or crosses(seen, before, config.train.eval_every * len(job.shards))
+            evaluates = ends or crosses(seen, before, config.train.eval_every * job.shards.num_kept)
             if saves or evaluates or step % job.log_every == 0:
                 job.bad_samples.meet(loader, job.shards, job.start_step * batch.total)
                 mean = world.sum(loss_sum / loss_count).item() / world.size
@@ -152,7 +152,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
                 with clock.paused():
                     _evaluate(job, step, log)
         if log is not None and job.bad_samples.met:
-            of = f"{len(job.bad_samples.met)} of {len(job.shards)} samples"
+            of = f"{len(job.bad_samples.met)} of {job.shards.num_kept} samples"
             print(f"{of} could not be decoded and were replaced by others: {job.out / FILE_NAME} lists them")
         if log is not None:
             log.write("end", job.num_steps, paused_seconds=clock.paused_seconds, **_pace_values(clock.read()))
@@ -167,7 +167,7 @@ def _require_finite(loss: float, step: int, lr: float) -> None:
 
 
 def _log(job: Job, log: MetricsLog, step: int, loss: float, lr: float, pace: Pace, whole: Pace) -> None:
-    epoch = step * job.batch.total / len(job.shards)
+    epoch = step * job.batch.total / job.shards.num_kept
     values = {"epoch": epoch, "loss": loss, "lr": lr, "bad_samples": len(job.bad_samples.met), **_pace_values(pace)}
     log.write("train", step, **values)
     line = train_line(step=step, num_steps=job.num_steps, epoch=epoch, loss=loss, lr=lr, pace=pace, whole=whole)
@@ -191,6 +191,7 @@ def _save(job: Job, step: int) -> None:
             world_size=job.world.size,
             batch=job.batch,
             bad_samples=job.bad_samples.met,
+            classes=job.shards.classes,
             keep=job.config.train.keep,
         )
     )
@@ -210,7 +211,7 @@ def _evaluate(job: Job, step: int, log: MetricsLog | None) -> None:
     if log is None:
         return
     metrics = result.metrics()
-    log.write("eval", step, epoch=step * job.batch.total / len(job.shards), **metrics)
+    log.write("eval", step, epoch=step * job.batch.total / job.shards.num_kept, **metrics)
     print(eval_line(step, metrics), flush=True)
     if step == job.num_steps:
         result.save(job.out / PREDICTIONS, shards)

@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +21,7 @@ if not __package__:
 # step of the tiny model went from 0.1 to 5 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from pipelines.cli import run_cli
+from pipelines.cli import one_of_several, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,24 +60,5 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _program() -> int:
-    """`main` as one process of several.
-
-    They often fail alike: then the launcher ends the others while they wait here, and only rank 0's message is seen.
-    One that failed alone is heard after all.
-    """
-    try:
-        status = main()
-    except (ValueError, OSError):
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(5.0)
-        raise
-    import torch.distributed as dist  # NCCL asks to be left in order
-
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return status
-
-
 if __name__ == "__main__":
-    run_cli(_program)
+    run_cli(lambda: one_of_several(main))

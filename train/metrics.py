@@ -50,13 +50,15 @@ def train_line(*, step: int, num_steps: int, epoch: float, loss: float, lr: floa
 
 def eval_line(step: int, metrics: dict[str, float]) -> str:
     """The evaluation line for people."""
+    return f"evaluation after step {step}: {metrics_text(metrics)}"
+
+
+def metrics_text(metrics: dict[str, float]) -> str:
+    """What `Evaluation.metrics` returned, for people."""
     titles = {"mean_average_precision": "mAP", "top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
     shares = "  ".join(f"{title} {100 * metrics[name]:.2f} %" for name, title in titles.items() if name in metrics)
     skipped = f", {metrics['undecodable']:.0f} could not be decoded" if metrics["undecodable"] else ""
-    return (
-        f"evaluation after step {step}: {shares}  loss {metrics['loss']:.4f}  ({metrics['samples']:.0f} "
-        f"samples{skipped})"
-    )
+    return f"{shares}  loss {metrics['loss']:.4f}  ({metrics['samples']:.0f} samples{skipped})"
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

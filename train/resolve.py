@@ -12,11 +12,13 @@ import difflib
 import json
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from functools import cache
 from math import inf
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from model.methods import METHODS
 from train.config import (
     Batch,
     Config,
@@ -41,6 +43,7 @@ SECTIONS: dict[str, type] = {
     "train": TrainConfig,
     "run": RunConfig,
 }
+_DEFAULT_METHOD = ModelConfig().method
 
 # What of DeepSpeed's configuration works with this trainer: key → type, or the fields of a section. DeepSpeed itself
 # takes any other top-level key in silence. Its default for gradient_clipping is 1.0; ours is the published none.
@@ -81,9 +84,38 @@ def load_config(recipe: str, overrides: Iterable[str] = (), deepspeed_file: str 
     named = document.pop("deepspeed_config", None)
     if named is not None and not isinstance(named, str):
         raise ValueError(f"{path}: deepspeed_config = {named!r}; allowed is the path of a JSON file")
-    table = {(section, key): (value, str(path)) for section, key, value in _flatten(document, path)}
+    table = {(section, key): (value, str(path)) for section, key, value in _flatten(document, str(path))}
     deepspeed_path = Path(deepspeed_file) if deepspeed_file else path.parent / named if named else DEEPSPEED_FILE
     deepspeed = _read_json(deepspeed_path)
+    _override(table, deepspeed, overrides)
+    out, where = table.get(("run", "out"), ("", str(path)))
+    table["run", "out"] = f"runs/{path.stem}" if out == "" else out, where
+    config = _build_config(table, _check_deepspeed(deepspeed, str(deepspeed_path)))
+    if not config.data.shards:
+        raise ValueError(f"{path} names no data: add --set data.shards=FOLDER, made by tools/make_shards.py")
+    return config
+
+
+def config_from_dict(document: Mapping[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """The configuration whose `as_dict` is given, of run.json or of a checkpoint's state.json, with `overrides` as in
+    `load_config`.
+
+    Raises ValueError, as `load_config` does, for what is no recipe; keys that are not there have their defaults.
+    """
+    where = "config"
+    sections = json.loads(json.dumps(document))  # a copy, for overrides go into it
+    deepspeed = sections.pop("deepspeed", {})
+    if not isinstance(deepspeed, dict):
+        raise ValueError(f"{where}: deepspeed = {json.dumps(deepspeed)}; allowed is a DeepSpeed document")
+    table = {(section, key): (value, where) for section, key, value in _flatten(sections, where)}
+    _override(table, deepspeed, overrides)
+    return _build_config(table, _check_deepspeed(deepspeed, f"{where}: deepspeed"))
+
+
+def _override(
+    table: dict[tuple[str, str], tuple[Any, str]], deepspeed: dict[str, Any], overrides: Iterable[str]
+) -> None:
+    """Puts each `--set` into the recipe's (section, key) → (value, where it was given), or the DeepSpeed document."""
     for override in overrides:
         keys, value = _parse_override(override)
         where = f"--set {override}"
@@ -93,18 +125,20 @@ def load_config(recipe: str, overrides: Iterable[str] = (), deepspeed_file: str 
             table[keys[0], keys[1]] = value, where
         else:
             raise ValueError(f"{where}: a key is section.key, such as optimizer.lr, or ds.key" + _hint(keys[-1]))
+
+
+def _build_config(table: Mapping[tuple[str, str], tuple[Any, str]], deepspeed: dict[str, Any]) -> Config:
+    """From (section, key) → (value, where it was given), and a DeepSpeed document that has been checked."""
+    given = table.get(("model", "method"))
+    method = _DEFAULT_METHOD if given is None else _check_recipe_key("model", "method", *given, _DEFAULT_METHOD)
+    ModelConfig(method=method)  # a ValueError, unless there is one of that name
     values: dict[str, dict[str, Any]] = {}
     for (section, key), (value, where) in table.items():
-        values.setdefault(section, {})[key] = _check_recipe_key(section, key, value, where)
-    out = values.setdefault("run", {})
-    out["out"] = out.get("out") or f"runs/{path.stem}"
-    config = Config(
-        **{section: SECTIONS[section](**entries) for section, entries in values.items()},
-        deepspeed=_check_deepspeed(deepspeed, deepspeed_path),
-    )
-    if not config.data.shards:
-        raise ValueError(f"{path} names no data: add --set data.shards=FOLDER, made by tools/make_shards.py")
-    return config
+        values.setdefault(section, {})[key] = _check_recipe_key(section, key, value, where, method)
+    model = values.setdefault("model", {})
+    options = METHODS[method].options
+    model["options"] = options(**{key: model.pop(key) for key in get_type_hints(options) if key in model})
+    return Config(**{section: SECTIONS[section](**entries) for section, entries in values.items()}, deepspeed=deepspeed)
 
 
 def find_recipe(recipe: str) -> Path:
@@ -159,45 +193,76 @@ def resolve_batch(deepspeed: Mapping[str, Any], world: int, *, in_pairs: bool = 
     return Batch(total, fitting, share // fitting, note)
 
 
-def _check_recipe_key(section: str, key: str, value: Any, where: str) -> Any:
+@cache
+def recipe_keys(section: str, method: str | None = None) -> dict[str, Any]:
+    """Keys of a section of a recipe and their types; those of [model] for a method, or None: for all methods."""
+    keys = get_type_hints(SECTIONS[section])
+    if section == "model":
+        del keys["options"]
+        for name, entry in METHODS.items():
+            keys |= get_type_hints(entry.options) if method in (None, name) else {}
+    return keys
+
+
+def _check_recipe_key(section: str, key: str, value: Any, where: str, method: str) -> Any:
     """The value in its field's type; ValueError for a key that is not there or a value of another type."""
     name = f"{section}.{key}"
-    if section not in SECTIONS or key not in {f.name for f in fields(SECTIONS[section])}:
-        known = [f"{s}.{f.name}" for s, cls in SECTIONS.items() for f in fields(cls)]
+    if section not in SECTIONS or key not in recipe_keys(section):
+        known = [f"{s}.{k}" for s in SECTIONS for k in recipe_keys(s, method)]
         if key in DEEPSPEED_KEYS or section in DEEPSPEED_KEYS:
             moved = key if key in DEEPSPEED_KEYS else name
             raise ValueError(
                 f"{where}: {moved} belongs in the DeepSpeed file (ds_config.json) or in --set ds.{moved}=…"
             )
         close = [n for n in known if n.endswith(f".{key}")] or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        raise ValueError(f"{where}: unknown key {name}" + (f"; did you mean {close[0]}?" if close else _hint(key)))
-    return _convert(value, get_type_hints(SECTIONS[section])[key], name, where)
+        hint = f"; did you mean {close[0]}?" if close else _hint(key)
+        if section == "model" and not close:
+            hint = f"; method {method} has {', '.join(recipe_keys(section, method))}"
+        raise ValueError(f"{where}: unknown key {name}{hint}")
+    keys = recipe_keys(section, method)
+    if key not in keys:
+        own = ", ".join(get_type_hints(METHODS[method].options))
+        others = ", ".join(m for m, entry in METHODS.items() if key in get_type_hints(entry.options))
+        raise ValueError(f"{where}: {name} is no key of method {method}, which has {own}; methods with it: {others}")
+    return _convert(value, keys[key], name, where)
 
 
 def _convert(value: Any, wanted: Any, name: str, where: str) -> Any:
     """A TOML or JSON value as the type of its field; a whole number serves where a fraction is allowed."""
-    if get_origin(wanted) is tuple:
-        kinds = get_args(wanted)
-        open_end = kinds[-1] is Ellipsis
-        if isinstance(value, list) and (open_end or len(value) == len(kinds)):
-            kinds = (kinds[0],) * len(value) if open_end else kinds
-            return tuple(_convert(v, kind, name, where) for v, kind in zip(value, kinds, strict=True))
-    elif wanted is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    elif isinstance(value, wanted) and (wanted is not int or not isinstance(value, bool)):
-        return value
+    for kind in _alternatives(wanted):
+        if get_origin(kind) is tuple:
+            kinds = get_args(kind)
+            open_end = kinds[-1] is Ellipsis
+            if isinstance(value, list) and (open_end or len(value) == len(kinds)):
+                kinds = (kinds[0],) * len(value) if open_end else kinds
+                return tuple(_convert(v, kind, name, where) for v, kind in zip(value, kinds, strict=True))
+        elif kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        elif isinstance(value, kind) and (kind is not int or not isinstance(value, bool)):
+            return value
     raise ValueError(f"{where}: {name} = {json.dumps(value, default=str)}; allowed is {_describe(wanted)}")
+
+
+def _alternatives(wanted: Any) -> tuple[Any, ...]:
+    """The members of a union, or the one type."""
+    return get_args(wanted) if get_origin(wanted) is UnionType else (wanted,)
 
 
 def _describe(wanted: Any) -> str:
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", list: "a list"}
-    if get_origin(wanted) is tuple:
-        kinds = get_args(wanted)
-        return f"a list, each {words[kinds[0]]}" if kinds[-1] is Ellipsis else f"[{', '.join(words[k] for k in kinds)}]"
-    return words[wanted]
+    said = []
+    for kind in _alternatives(wanted):
+        kinds = get_args(kind)
+        if get_origin(kind) is not tuple:
+            said.append(words[kind])
+        elif kinds[-1] is Ellipsis:
+            said.append(f"a list, each {words[kinds[0]]}")
+        else:
+            said.append(f"[{', '.join(words[k] for k in kinds)}]")
+    return ", or ".join(said)
 
 
-def _check_deepspeed(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _check_deepspeed(given: Mapping[str, Any], path: str) -> dict[str, Any]:
     """The DeepSpeed document with our defaults, every key known and of its type."""
     document = json.loads(json.dumps(DEEPSPEED_DEFAULTS))
     for key, value in given.items():
@@ -205,7 +270,7 @@ def _check_deepspeed(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if fields_of is None:
             raise ValueError(f"{path}: " + _unknown_deepspeed_key(key))
         if not isinstance(fields_of, dict):
-            document[key] = _convert(value, fields_of, key, str(path))
+            document[key] = _convert(value, fields_of, key, path)
             continue
         if not isinstance(value, dict):
             raise ValueError(f"{path}: {key} = {json.dumps(value)}; allowed is a section with {', '.join(fields_of)}")
@@ -215,7 +280,7 @@ def _check_deepspeed(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
                 close = difflib.get_close_matches(name, fields_of, n=1)
                 hint = f"did you mean {key}.{close[0]}?" if close else f"allowed are {', '.join(fields_of)}"
                 raise ValueError(f"{path}: unknown key {key}.{name}; {hint}")
-            section[name] = _convert(entry, fields_of[name], f"{key}.{name}", str(path))
+            section[name] = _convert(entry, fields_of[name], f"{key}.{name}", path)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu"):
         if key not in document:
             raise ValueError(f"{path}: {key} is missing; it is a number of clips")
@@ -230,7 +295,7 @@ def _check_deepspeed(given: Mapping[str, Any], path: Path) -> dict[str, Any]:
     return document
 
 
-def _check_precision(document: dict[str, Any], path: Path) -> None:
+def _check_precision(document: dict[str, Any], path: str) -> None:
     """bf16 comes by torch_autocast alone, and weights are not sharded."""
     for section in ("bf16", "fp16"):
         if document.pop(section, {}).get("enabled", False):
@@ -240,14 +305,14 @@ def _check_precision(document: dict[str, Any], path: Path) -> None:
             )
     dtype, stage = document["torch_autocast"].get("dtype"), document["zero_optimization"].get("stage")
     allow(f"{path}: torch_autocast.dtype", dtype, dtype == "bfloat16", '"bfloat16" (float32: enabled = false)')
-    only = "0: 11 to 38 million trained weights leave nothing worth sharding"
+    only = "0: what trains here fits one device, and sharding it would bind a run to its number of processes"
     allow(f"{path}: zero_optimization.stage", stage, stage == 0, only)
 
 
 def _unknown_deepspeed_key(key: str) -> str:
     if key in _ONLY_IN_RECIPES or key in SECTIONS:
         return f"{key} belongs in the recipe, as {_ONLY_IN_RECIPES.get(key, f'section [{key}]')}"
-    homes = [f"{section}.{f.name}" for section, cls in SECTIONS.items() for f in fields(cls) if f.name == key]
+    homes = [f"{section}.{key}" for section in SECTIONS if key in recipe_keys(section)]
     if homes:
         return f"{key} belongs in the recipe, as {homes[0]}"
     if key == "gradient_accumulation_steps":
@@ -273,7 +338,7 @@ def _parse_toml(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
 
 
-def _flatten(document: Mapping[str, Any], path: Path) -> Iterable[tuple[str, str, Any]]:
+def _flatten(document: Mapping[str, Any], path: str) -> Iterable[tuple[str, str, Any]]:
     """(section, key, value) of a recipe."""
     for section, entries in document.items():
         if isinstance(entries, dict):
@@ -283,7 +348,7 @@ def _flatten(document: Mapping[str, Any], path: Path) -> Iterable[tuple[str, str
             raise ValueError(
                 f"{path}: {section} belongs in the DeepSpeed file (ds_config.json) or in --set ds.{section}=…"
             )
-        homes = [f"[{name}]" for name, cls in SECTIONS.items() if section in {f.name for f in fields(cls)}]
+        homes = [f"[{name}]" for name in SECTIONS if section in recipe_keys(name)]
         raise ValueError(
             f"{path}: {section} stands outside a section" + (f"; its is {homes[0]}" if homes else _hint(section))
         )

@@ -17,13 +17,14 @@ from typing import Any, TextIO
 
 import torch
 
-from model.aim import AIM
 from model.attention import attention_backend
 from model.parameters import count_parameters, parameter_table
+from model.video import VideoModel
 from pipelines.loader import describe_decoding
 from pipelines.machine import installed_versions, processor_name
 from pipelines.remote import open_set
 from pipelines.shards import ShardSet, write_durably
+from pipelines.subset import choose_fraction
 from train.bad_samples import BadSamples
 from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, newest_checkpoint, resume
@@ -49,7 +50,7 @@ class Prepared:
     resumes: bool
     """Whether --resume was asked for; without a checkpoint the run starts anew and says so."""
     checkpoint: Path | None
-    model: AIM
+    model: VideoModel
     backbone: str
 
     def run(self, command: Sequence[str]) -> None:
@@ -124,6 +125,7 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
             f"{out} exists and is not empty: add --resume to continue that run, or choose another with --set run.out=…"
         )
     shards = _open_shards(config, config.data.train_split)
+    shards.kept = choose_fraction(shards, config.data.fraction, config.data.fraction_seed)
     val_shards = _open_shards(config, config.data.val_split) if config.data.val_split else None
     if shards.multi_label and config.train.label_smoothing:
         raise ValueError(
@@ -133,10 +135,10 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
     if (warning := _uneven_frames(config, shards)) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {warning}", file=sys.stderr, flush=True)
     checkpoint = newest_checkpoint(out) if resume and out.is_dir() else None
-    if os.environ.get("RANK", "0") == "0":
-        print(f"loading {config.model.name}, weights {config.model.pretrained}", flush=True)  # may download for minutes
-    frames, seed = config.data.num_frames, config.train.seed
-    model = build_model(config.model, num_classes=len(shards.classes), num_frames=frames, seed=seed)
+    settings, frames, seed = config.model, config.data.num_frames, config.train.seed
+    if os.environ.get("RANK", "0") == "0":  # may download for minutes
+        print(f"loading {settings.name}, weights {settings.pretrained}, method {settings.method}", flush=True)
+    model = build_model(settings, num_classes=len(shards.classes), num_frames=frames, seed=seed)
     return Prepared(config, batch, shards, val_shards, resume, checkpoint, model, backbone_checksum(model))
 
 
@@ -180,19 +182,40 @@ def _opening(job: Job) -> str:
     if batch.note:
         lines.append(batch.note)
     lines.append(
-        f"{len(job.shards)} samples, {len(job.shards.classes)} classes; {job.num_steps} steps of {batch.total} "
+        f"{_samples(job)}, {len(job.shards.classes)} classes; {job.num_steps} steps of {batch.total} "
         f"clips: {world.size} processes × {batch.accumulation} micro-batches × {batch.micro}, on {world.device.type}, "
         f"{'bfloat16' if config.bf16 else 'float32'}"
     )
+    lines.append(_learning(job))
     decoding = describe_decoding(job.shards, world.device, job.loader_options()["workers"])
     lines.append(f"decoding by {decoding}; attention by {attention_backend(world.device)}")
-    if batch.total > len(job.shards):
+    if batch.total > job.shards.num_kept:
         lines.append(
-            f"a step of {batch.total} clips is more than the {len(job.shards)} samples: they repeat within it, and the "
-            "run takes few steps; consider a smaller one (--set ds.train_batch_size=8)"
+            f"a step of {batch.total} clips is more than the {job.shards.num_kept} samples: they repeat within it, and "
+            "the run takes few steps; consider a smaller one (--set ds.train_batch_size=8)"
         )
     lines.append(f"from {f'step {job.start_step}' if job.start_step else 'the beginning'}, into {job.out}")
     return "\n".join(lines)
+
+
+def _samples(job: Job) -> str:
+    """How many samples there are to learn from, and of how many they were chosen."""
+    data, shards = job.config.data, job.shards
+    if shards.kept is None:
+        return f"{len(shards)} samples"
+    chosen = f"data.fraction = {data.fraction:g}, data.fraction_seed = {data.fraction_seed}"
+    return f"{shards.num_kept} of {len(shards)} samples ({chosen})"
+
+
+def _learning(job: Job) -> str:
+    """The learning rate and how it changes."""
+    optimizer, schedule = job.config.optimizer, job.config.schedule
+    peak = optimizer.peak(job.batch.total)
+    backbone = "" if optimizer.backbone_lr == 1 else f" (outside the head {peak * optimizer.backbone_lr:.3g})"
+    return (
+        f"learning rate {peak:.3g}{backbone}, after {schedule.warmup_epochs:g} epochs of warm-up, with a cosine per "
+        f"{schedule.cosine}"
+    )
 
 
 def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequence[str], start_step: int) -> None:
@@ -203,6 +226,7 @@ def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequen
         "resumed_from_step": start_step,
         "config": prepared.config.as_dict(),
         "parameters": dict(zip(("total", "trainable"), count_parameters(prepared.model), strict=True)),
+        "samples": prepared.shards.num_kept,
         "shards_fingerprint": prepared.shards.fingerprint,
         "backbone_checksum": prepared.backbone,
         "world_size": world.size,

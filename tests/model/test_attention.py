@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from model import attention as door
-from model.aim import Attention
+from model.vit import Attention
 
 
 def reference(module: Attention, x: torch.Tensor, over_time: bool) -> torch.Tensor:
@@ -78,9 +78,28 @@ def test_training_in_bf16_gives_the_gradients_of_float32(length: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         q, k, v = (leaf.detach().clone().to(dtype).requires_grad_() for leaf in leaves)
         door.attention(q, k, v).float().pow(2).sum().backward()
-        gradients.append([t.grad.float() for t in (q, k, v)])
+        gradients.append([t.grad.float() for t in (q, k, v) if t.grad is not None])
     for exact, rounded in zip(*gradients, strict=True):
         assert (rounded - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bias_is_added_to_the_logits_and_trains(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    leaves = [torch.randn(3, 7, 4, 32), torch.randn(3, 7, 4, 32), torch.randn(3, 7, 4, 32), torch.randn(4, 7, 7)]
+    q, k, v, bias = (leaf.clone().requires_grad_() for leaf in leaves)
+    weights = (torch.einsum("bqhk,bshk->bhqs", q, k) / 32**0.5 + bias).softmax(-1)
+    expected = torch.einsum("bhqs,bshk->bqhk", weights, v)
+    expected.pow(2).sum().backward()
+    ours = [leaf.clone().to(dtype).requires_grad_() for leaf in leaves]
+    monkeypatch.setattr(door, "_xformers_ops", lambda: pytest.fail("xformers takes no bias"))
+    out = door.attention(*ours)
+    out.float().pow(2).sum().backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    assert out.shape == expected.shape and (out - expected).abs().max() < tolerance * expected.abs().max()
+    for mine, theirs in zip(ours, (q, k, v, bias), strict=True):
+        assert mine.grad is not None and theirs.grad is not None
+        assert (mine.grad - theirs.grad).abs().max() < tolerance * theirs.grad.abs().max()
 
 
 @pytest.mark.gpu
@@ -90,3 +109,19 @@ def test_cuda_equals_cpu() -> None:
         q, k, v = torch.randn(3, *shape).unbind(0)
         on_gpu = door.attention(*(t.cuda().half() for t in (q, k, v))).float().cpu()
         torch.testing.assert_close(on_gpu, door.attention(q, k, v), atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.gpu
+def test_bias_on_cuda_equals_cpu() -> None:
+    """The shapes of Swin: windows of 49 tokens side by side, time steps of every place, windows over time."""
+    torch.manual_seed(0)
+    for M, N, heads in [(4, 49, 64 * 4), (2, 16, 3136 * 4), (4, 392, 8)]:
+        (q, k, v), bias = torch.randn(3, M, N, heads, 32).unbind(0), torch.randn(heads, N, N)
+        results = []
+        for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+            leaves = [t.to(device, dtype).requires_grad_() for t in (q, k, v, bias)]
+            out = door.attention(*leaves)
+            out.float().pow(2).sum().backward()
+            results.append([out.detach().float().cpu(), *(t.grad.float().cpu() for t in leaves if t.grad is not None)])
+        for exact, rounded in zip(*results, strict=True):
+            assert (rounded - exact).abs().max() < 0.05 * exact.abs().max()

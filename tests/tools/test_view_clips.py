@@ -55,6 +55,25 @@ def test_evaluation_shows_every_view(tmp_path: Path) -> None:
     assert done.returncode == 0 and "8 clips of 8 frames" in done.stdout, done.stderr
 
 
+def test_the_sheet_shows_kept_samples_alone(tmp_path: Path) -> None:
+    """Half of four classes of two samples each, and no more; the test views are of all."""
+    folder = make_set(tmp_path / "set", [9] * 8, size=(64, 64), classes=4)
+    half = (
+        str(folder),
+        "--split",
+        "train",
+        "--clips",
+        "8",
+        "--out",
+        str(tmp_path / "x.png"),
+        "--set",
+        "data.fraction=0.5",
+    )
+    done = view(*half)
+    assert done.returncode == 0 and "4 clips of 8 frames" in done.stdout, done.stderr
+    assert "8 clips of 8 frames" in view(*half, "--eval").stdout
+
+
 def test_small_frames_are_enlarged_whole() -> None:
     clip = np.arange(2 * 48 * 48 * 3, dtype=np.uint8).reshape(2, 48, 48, 3)
     sheet = np.asarray(filmstrips([clip], ["caption"]))

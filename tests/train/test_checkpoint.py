@@ -113,6 +113,11 @@ def test_stores_what_trains_and_nothing_else(finished: dict[str, Path]) -> None:
         ("schedule.epochs=5", "schedule.epochs is 5.0 now and was 4.0"),
         ("optimizer.lr=1", "optimizer.lr is 1.0 now and was 0.003"),
         ('model.adapters=["spatial"]', "model.adapters is"),
+        ("model.positions=top 1", 'model.positions is "top 1" now and was "all"'),
+        ("model.normalisation=imagenet", 'model.normalisation is "imagenet" now and was ""'),
+        ("data.fraction=0.5", "data.fraction is 0.5 now and was 1.0"),
+        ("optimizer.backbone_lr=0.1", "optimizer.backbone_lr is 0.1 now and was 1.0"),
+        ("schedule.cosine=epoch", 'schedule.cosine is "epoch" now and was "step"'),
         (FP32, "ds.torch_autocast is"),
     ],
 )

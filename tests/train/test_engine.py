@@ -11,6 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from model.aim import AIMOptions
+from model.geometry import ViTGeometry
+from model.methods import METHODS
+from pipelines.plan import Turn, draw_masks
 from train import engine as engine_module
 from train.build import build_model
 from train.config import Batch, ModelConfig, OptimizerConfig
@@ -25,7 +29,7 @@ SETTINGS = OptimizerConfig(lr=1e-3, weight_decay=0.1)
 def test_masters_and_adam_state_are_those_of_plain_adamw(precision: str, clipping: float) -> None:
     """Bit for bit from the first step: no rounded masters, no step before training, float32 gradients."""
     model = build_model(
-        ModelConfig(name="tiny-clip", pretrained="none", drop_path=0.0, head_dropout=0.0),
+        ModelConfig(name="tiny-clip", pretrained="none", options=AIMOptions(drop_path=0.0, head_dropout=0.0)),
         num_classes=3,
         num_frames=2,
         seed=0,
@@ -77,6 +81,39 @@ def assert_equal_parameters(a: torch.nn.Module, b: torch.nn.Module, *, exactly: 
     tolerance = 0.0 if exactly else 1e-5  # DeepSpeed's clipping sums the norm in another order
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_the_backbone_may_learn_more_slowly_than_the_head() -> None:
+    """The first step of AdamW moves every weight by its learning rate, whatever the gradient."""
+    model = build_model(ModelConfig(name="tiny-clip", pretrained="none"), num_classes=3, num_frames=2, seed=0)
+    settings = OptimizerConfig(weight_decay=0.0, backbone_lr=0.1)
+    document = {"train_batch_size": 2, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0}}
+    engine = Engine(start_world(), model, settings, document, Batch(total=2, micro=2, accumulation=1))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    frames = torch.randint(0, 256, (2, 2, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    engine.learn(F.cross_entropy(engine(frames, {}), torch.tensor([0, 2])), 1e-3)
+    moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters() if p.requires_grad}
+    assert moved["cls_head.fc_cls.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["backbone.ln_post.weight"] == pytest.approx(1e-4, rel=1e-2)
+    assert moved["backbone.temporal_embedding"] == pytest.approx(1e-4, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", [name for name, entry in METHODS.items() if ViTGeometry in entry.models])
+def test_every_method_takes_a_step_in_bfloat16_and_leaves_what_is_frozen(method: str) -> None:
+    config = ModelConfig(method=method, name="tiny-clip", pretrained="none")
+    model = build_model(config, num_classes=3, num_frames=2, seed=0)
+    model.set_compute_dtype(torch.bfloat16)
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    head = model.cls_head.fc_cls.weight.detach().clone()
+    document = {"train_batch_size": 2, "torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    engine = Engine(start_world(), model, SETTINGS, document, Batch(total=2, micro=2, accumulation=1))
+    drawn = draw_masks(0, [Turn(0, 0), Turn(1, 0)], {name: p.numpy() for name, p in model.random_masks.items()})
+    frames = torch.randint(0, 256, (2, 2, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    loss = F.cross_entropy(engine(frames, {n: torch.from_numpy(m) for n, m in drawn.items()}), torch.tensor([0, 2]))
+    engine.learn(loss, 1e-3)
+    assert loss.isfinite() and not torch.equal(model.cls_head.fc_cls.weight, head)
+    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
 def test_threads_are_the_users_where_set() -> None:

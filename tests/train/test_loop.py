@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import math
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.shards import EncodedVideo, FrameTable, ShardWriter, checksum, write_manifest
+from pipelines.shards import EncodedVideo, FrameTable, ShardSet, ShardWriter, checksum, write_manifest
+from pipelines.subset import choose_fraction
 from tests.sets import make_set
 from tests.train.runs import FP32, launch, metrics, run_here, trace
 from train.checkpoint import identity
 from train.clock import WARMUP_STEPS, Clock
-from train.config import ScheduleConfig
 from train.evaluate import evaluate
 from train.resolve import load_config
-from train.schedule import crosses, learning_rate
 
 STEPS = 20
 LONG = (FP32, "schedule.epochs=6", "train.log_every=1", "optimizer.lr=1e-3")
@@ -115,6 +114,34 @@ def test_run_on_a_set_with_several_labels(
         assert file["labels"].shape == (12, 3) and file["labels"][1].tolist() == [1, 1, 0]
 
 
+def test_a_fraction_of_the_training_split_is_learned_from_and_all_of_the_other_evaluated(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A third of 9, 9 and 8 samples are 3 each: 9 samples, 3 epochs, steps of 8. Cut off and taken up, it goes on."""
+    out, settings = tmp_path / "run", ("data.fraction=0.334", "data.fraction_seed=5", "train.checkpoint_every=2")
+    kept = choose_fraction(ShardSet.open(packed, "train"), 0.334, 5)
+    assert kept is not None and sorted(i % 3 for i in kept.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    run_here(packed, out, FP32, *settings)
+    said = capsys.readouterr().out
+    assert "9 of 26 samples (data.fraction = 0.334, data.fraction_seed = 5), 3 classes; 4 steps of 8 clips" in said
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["samples"] == 9 and facts["config"]["data"]["fraction_seed"] == 5
+    seen = list(itertools.chain.from_iterable(line["samples"] for line in trace(out)))
+    assert [sorted(seen[start : start + 9]) for start in (0, 9, 18)] == 3 * [kept.tolist()]
+    assert metrics(out, "eval")[-1]["samples"] == 26
+    assert metrics(out, "eval")[-1]["epoch"] == pytest.approx(32 / 9)
+    shutil.rmtree(out / "checkpoint-000004")
+    run_here(packed, out, FP32, *settings, resume=True)
+    assert [line["loss"] for line in trace(out)[4:]] == [line["loss"] for line in trace(out)[2:4]]
+    with pytest.raises(ValueError, match=r"data\.fraction_seed is 6 now and was 5"):
+        run_here(packed, out, FP32, *settings, "data.fraction_seed=6", resume=True)
+
+
+def test_which_part_of_a_set_is_all_of_it_is_free() -> None:
+    configs = [load_config("demo", ["data.shards=x", f"data.fraction_seed={seed}"]) for seed in (0, 1)]
+    assert len({json.dumps(identity(config, fingerprint="", backbone="")) for config in configs}) == 1
+
+
 def test_how_a_run_is_tested_may_change_when_it_is_resumed() -> None:
     configs = [load_config("demo", ["data.shards=x", f"data.test_clips={clips}"]) for clips in (1, 3)]
     assert len({json.dumps(identity(config, fingerprint="", backbone="")) for config in configs}) == 1
@@ -160,20 +187,6 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(packed: Path, 
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ .*: lower optimizer.lr"):
         run_here(packed, tmp_path / "run", "optimizer.lr=1e30", "schedule.warmup_epochs=0")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-def test_learning_rate_warms_up_and_falls_to_zero() -> None:
-    schedule = ScheduleConfig(epochs=10, warmup_epochs=1, warmup_start=0.1)
-    rates = [learning_rate(step, 100, 2.0, schedule) for step in range(101)]
-    assert rates[0] == pytest.approx(0.2) and rates[100] == pytest.approx(0.0)
-    assert rates[5] == pytest.approx(0.55 * (1 + math.cos(math.pi * 0.05)))
-    assert max(rates) == rates[10] == pytest.approx(1 + math.cos(math.pi / 10))
-    assert learning_rate(0, 100, 2.0, ScheduleConfig(epochs=10, warmup_epochs=0)) == 2.0
-
-
-def test_evaluation_steps_are_those_that_complete_epochs() -> None:
-    assert [step for step in range(1, 14) if crosses(step * 8, (step - 1) * 8, 2 * 26)] == [7, 13]
-    assert not any(crosses(step, step - 1, 0) for step in range(1, 9))
 
 
 def test_clock_leaves_out_warmup_and_pauses() -> None:

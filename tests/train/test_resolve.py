@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from model.aim import AIMOptions
+from model.aim import AIMOptions, SpaceOnlyOptions
+from model.methods import METHODS
 from pipelines.plan import ClipOptions
-from train.config import Batch
-from train.resolve import DEEPSPEED_KEYS, RECIPES, list_recipes, load_config, resolve_batch
+from train.config import Batch, ModelConfig
+from train.resolve import DEEPSPEED_KEYS, config_from_dict, load_config, resolve_batch
 
 SHARDS = "data.shards=somewhere"
 
@@ -19,19 +20,15 @@ SHARDS = "data.shards=somewhere"
 def test_defaults_are_the_published_ones() -> None:
     config = load_config("aim_b16_k400")
     assert (config.model.name, config.model.pretrained) == ("ViT-B-16-quickgelu", "openai")
-    assert {k: getattr(config.model, k) for k in asdict(AIMOptions())} == asdict(AIMOptions())
+    assert config.model.method == "aim" and config.model.options == AIMOptions()
     published = ClipOptions(test_clips=3, eval_crop=1.0)  # the official test; its validation is the default
     assert {k: getattr(config.data, k) for k in asdict(published)} == asdict(published)
-    assert asdict(config.optimizer) == {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
-    assert asdict(config.schedule) == {"epochs": 30.0, "warmup_epochs": 2.5, "warmup_start": 0.1}
+    adamw = {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.05}
+    assert asdict(config.optimizer) == adamw | {"lr_scaling": "none", "backbone_lr": 1.0}
+    schedule = {"epochs": 30.0, "warmup_epochs": 2.5, "warmup_start": 0.1}
+    assert asdict(config.schedule) == schedule | {"cosine": "step"}
     assert config.deepspeed["train_batch_size"] == 64 and config.deepspeed["gradient_clipping"] == 0.0
     assert config.bf16 and config.run.out == "runs/aim_b16_k400"
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
-def test_every_recipe_resolves_and_says_what_it_needs(path: Path) -> None:
-    assert load_config(path.stem, [SHARDS]) == load_config(str(path), [SHARDS])
-    assert path.read_text().startswith("# ") and path.stem in list_recipes()
 
 
 def test_overrides_take_toml_or_a_bare_word() -> None:
@@ -43,9 +40,69 @@ def test_overrides_take_toml_or_a_bare_word() -> None:
         "data.val_split=",  # as a shell hands on data.val_split=""
     ]
     config = load_config("my_videos", [*settings, "ds.torch_autocast.enabled=false", "ds.train_batch_size=4"])
-    assert config.model.adapters == () and config.model.name == "tiny-clip" and config.data.val_split == ""
+    assert config.model.options.adapters == () and config.model.name == "tiny-clip" and config.data.val_split == ""
     assert config.optimizer.lr == 1.0 and config.data.crop_scale == (0.5, 1.0)
     assert not config.bf16 and config.deepspeed["train_batch_size"] == 4
+
+
+def test_a_method_has_its_own_keys_beside_the_models(tmp_path: Path) -> None:
+    (tmp_path / "r.toml").write_text('[model]\nhead_dropout = 0.25\nmethod = "frozen"\n[data]\nshards = "x"\n')
+    config = load_config(str(tmp_path / "r.toml"))
+    assert config.model == ModelConfig(method="frozen", options=SpaceOnlyOptions(head_dropout=0.25))
+    assert load_config(str(tmp_path / "r.toml"), ["model.method=aim"]).model.options == AIMOptions(head_dropout=0.25)
+    for method, entry in METHODS.items():
+        chosen = load_config("aim_b16_k400", [f"model.method={method}"]).model
+        assert chosen.options == entry.options()
+        names = {"method", "name", "pretrained", "normalisation"} | asdict(entry.options()).keys()
+        assert chosen.as_dict().keys() == names
+
+
+@pytest.mark.parametrize(("given", "read"), [('"top 2"', "top 2"), ("every 2", "every 2"), ("[0, 3]", (0, 3))])
+def test_positions_are_text_or_a_list(given: str, read: object) -> None:
+    assert load_config("demo", [SHARDS, f"model.positions={given}"]).model.options.positions == read
+
+
+def test_a_printed_configuration_is_a_recipe() -> None:
+    settings = [
+        "model.positions=[0, 2]",
+        "data.rand_augment=[4, 7]",
+        "optimizer.lr_scaling=linear",
+        "data.fraction=0.1",
+    ]
+    for config in (load_config("demo", [SHARDS, *settings]), load_config("aim_b16_k400", ["model.method=finetuned"])):
+        document = config.as_dict()
+        assert config_from_dict(document) == config and json.loads(json.dumps(document)) == document
+        assert not any(isinstance(value, dict) for value in document["model"].values())
+
+
+def test_a_configuration_of_an_earlier_version_has_the_defaults_of_what_is_new() -> None:
+    document = load_config("demo", [SHARDS]).as_dict()
+    for section, key in (("data", "fraction"), ("model", "positions"), ("schedule", "cosine")):
+        del document[section][key]
+    assert config_from_dict(document) == load_config("demo", [SHARDS])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": {"method": "frozen", "drop_path": 0.1}}, "config: model.drop_path is no key of method frozen"),
+        ({"model": 3}, "config: model stands outside a section"),
+        ({"modle": {"method": "aim"}}, "config: unknown key modle.method"),
+        ({"deepspeed": 3}, "config: deepspeed = 3; allowed is a DeepSpeed document"),
+        ({"deepspeed": {}}, "train_batch_size is missing"),
+        ({"data": {"num_frames": "8"}}, 'data.num_frames = "8"; allowed is a whole number'),
+    ],
+)
+def test_a_configuration_is_checked_like_a_recipe(change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError) as failure:
+        config_from_dict(load_config("demo", [SHARDS]).as_dict() | change)
+    assert said in str(failure.value) and "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize(("scaling", "peaks"), [("none", [3e-4, 3e-4]), ("linear", [3e-4, 3.75e-5])])
+def test_learning_rate_is_for_64_clips_or_for_those_there_are(scaling: str, peaks: list[float]) -> None:
+    optimizer = load_config("aim_b16_k400", [f"optimizer.lr_scaling={scaling}"]).optimizer
+    assert [optimizer.peak(64), optimizer.peak(8)] == pytest.approx(peaks)
 
 
 def test_deepspeed_file_of_the_command_line_wins_over_the_recipes(tmp_path: Path) -> None:
@@ -101,7 +158,26 @@ def test_deepspeed_file_of_the_command_line_wins_over_the_recipes(tmp_path: Path
         ("data.test_crops=2", "data.test_crops = 2; allowed is 1 or 3"),
         ("data.mixup_alfa=0.8", "did you mean data.mixup_alpha?"),
         ("data.workers=-1", "allowed is 0 (automatic) to 256"),
-        ("model.method=vivit", "allowed is aim"),
+        ("model.method=vivit", 'model.method = "vivit"; allowed is aim or frozen or finetuned'),
+        ("model.method=3", "allowed is text"),
+        (
+            "model.method=frozen",
+            "model.adapter_scale is no key of method frozen, which has head_dropout; methods with it: ",
+        ),
+        ("model.drop_paths=0.1", "did you mean model.drop_path?"),
+        (
+            "model.window=7",
+            "unknown key model.window; method aim has method, name, pretrained, normalisation, adapters",
+        ),
+        ("model.positions=3", "allowed is text, or a list, each a whole number"),
+        ("model.positions=left 2", 'model.positions = "left 2"; allowed is "all"'),
+        ("model.normalisation=rgb", 'model.normalisation = "rgb"; allowed is one of ["", "aim_clip"'),
+        ("optimizer.lr_scaling=sqrt", "allowed is none or linear"),
+        ("optimizer.backbone_lr=0", "allowed is a factor, more than 0"),
+        ("schedule.cosine=iteration", "allowed is step or epoch"),
+        ("data.fraction=0", "data.fraction = 0.0; allowed is a share, 0 < fraction <= 1"),
+        ("data.fraction=1.5", "allowed is a share"),
+        ("data.fraction_seed=-1", "allowed is 0 to 2^63 - 1"),
         ('model.adapters=["spatially"]', "is none of spatial, temporal, joint"),
         ("schedule.warmup_epochs=99", "allowed is 0 to schedule.epochs = "),
         ("train.log_every=0", "allowed is 1 or more"),
@@ -152,7 +228,7 @@ def test_mistakes_in_a_deepspeed_file(tmp_path: Path, text: str, said: str) -> N
 
 
 def test_unknown_recipe_names_those_there_are() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no such recipe: dmeo; train/recipes has aim_b16_k400, demo"):
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: dmeo; train/recipes has aim_.*, demo, .*my_videos"):
         load_config("dmeo")
 
 

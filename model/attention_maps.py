@@ -1,0 +1,71 @@
+"""Where a video model looks: the class token's attention over the patches of each frame.
+
+The AIM paper shows such maps and does not define them; here they are the softmax of the attention over space in one
+block, averaged over heads, the class token's row. TimeSformer has one class token a clip: of it, every frame's copy.
+
+Legend of shapes: B clips, T frames, N tokens a frame (class token first), H heads, K head width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.geometry import ImageTower, ViTGeometry
+from model.methods import create
+from model.video import VideoModel
+
+
+@torch.no_grad()
+def class_attention(model: VideoModel, clips: Tensor, block: int) -> Tensor:
+    """What `forward` takes → float32 [B, T, N]: shares, of each frame 1 in all, the class token's own first.
+
+    `block` counts from 0, or from -1 backwards. Raises ValueError for a model without class token or such a block.
+    """
+    layer = _block(model, block)
+    inputs: list[Tensor] = []
+    # Some blocks normalise with it for their attention over time too: the last call is the one before space.
+    handle = layer.ln_1.register_forward_hook(lambda module, given, output: inputs.append(output))
+    try:
+        model(clips)
+    finally:
+        handle.remove()
+    q, k = layer.attn.queries_keys(inputs[-1])
+    scores = torch.einsum("mhk,mnhk->mhn", q[:, 0].float(), k.float()) * q.shape[-1] ** -0.5
+    return scores.softmax(-1).mean(1).unflatten(0, inputs[-1].shape[:2])
+
+
+def image_model(model: VideoModel) -> VideoModel:
+    """The image model inside a video model: frame by frame, without what the method added, without a head."""
+    geometry = _require_class_token(model)
+    alone = create("frozen", ImageTower(geometry, {}), num_classes=None, num_frames=model.num_frames)
+    own = model.backbone.state_dict()
+    alone.backbone.load_state_dict({name: own[name] for name in alone.backbone.state_dict()})
+    return alone.eval()
+
+
+def image_model_trains(model: VideoModel) -> bool:
+    """Whether training changes where the image model inside looks."""
+    _require_class_token(model)
+    backbone: Any = model.backbone
+    return any(
+        parameter.requires_grad for block in backbone.transformer.resblocks for parameter in block.attn.parameters()
+    )
+
+
+def _block(model: VideoModel, block: int) -> Any:
+    geometry = _require_class_token(model)
+    if not -geometry.layers <= block < geometry.layers:
+        raise ValueError(
+            f"block {block}: the model has {geometry.layers}; allowed is 0 to {geometry.layers - 1}, or -1 for the last"
+        )
+    backbone: Any = model.backbone
+    return backbone.transformer.resblocks[block]
+
+
+def _require_class_token(model: VideoModel) -> ViTGeometry:
+    if not isinstance(model.geometry, ViTGeometry):
+        raise ValueError("attention maps are drawn of the class token, and a Swin transformer has none")
+    return model.geometry

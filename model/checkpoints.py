@@ -1,0 +1,434 @@
+"""Published checkpoints: read with nothing executed, every tensor checked, kept as a folder that says what it holds.
+
+    FOLDER/model.safetensors   every parameter in float32, under our names
+    FOLDER/model.json          what the model is, which format it came from, what was dropped, checksum of the tensors
+
+`convert` reads a published file, `write_folder` writes such a folder, `load` makes the model from it, `write_official`
+goes the way back. tools/convert_checkpoint.py is the program around them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model import official
+from model.methods import METHODS, describe, from_description
+from model.official import FORMATS, Format
+from model.video import VideoModel
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+TENSORS = "model.safetensors"
+DOCUMENT = "model.json"
+SOURCES = ("auto", *sorted({entry.family for entry in FORMATS.values()} | set(FORMATS)))
+_WRAPPERS = ("state_dict", "model_state", "model")  # mmaction; facebookresearch; Swin
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_MOST_JSON_BYTES = 16 * 2**20
+_TIME_AXES = {"temporal_embedding": 1, "temporal_position_bias_table": 0}  # which axis of a parameter is time
+# What the tensors show: a setting of that name could only contradict them.
+_SHOWN_OPTIONS = ("adapters", "positions", "temporal_adapters", "temporal_weights", "adapter_ratio", "temporal_window")
+_SHOWN_GEOMETRY = {
+    "vit": ("width", "layers", "patch_size", "image_size", "ln_pre", "patch_bias", "mlp_width"),
+    "swin": ("width", "depths", "heads", "window", "patch_size"),
+}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A model's parameters under our names, and what is known of them."""
+
+    description: dict[str, Any]
+    """As `model.methods.describe` writes it."""
+    tensors: dict[str, Tensor]
+    """float32, one for every parameter of the model."""
+    source: str
+    """The format that they came from, a key of `model.official.FORMATS`; "run": a training run."""
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    """What the file held besides: name and reason."""
+    kept_buffers: list[str] = field(default_factory=list)
+    """Buffers that the file lacks: they keep the values that they are constructed with."""
+    assumed: dict[str, Any] = field(default_factory=dict)
+    """What no tensor shows: setting of `load` → the value it has."""
+
+
+def convert(path: Path, source: str = "auto") -> Converted:
+    """Reads a published checkpoint: .safetensors, or a PyTorch file of tensors and plain values.
+
+    `source`: a format or family of them that it must have (SOURCES). Raises ValueError or OSError naming the tensor or
+    the entry that is not as it should be.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"unknown format {source!r}; allowed is {', '.join(SOURCES)}")
+    tensors, dropped = read_tensors(path)
+    try:
+        bare = official.bare_names(tensors)
+        entry = official.recognise({name: tuple(tensors[key].shape) for key, name in bare.items()})
+        if source not in ("auto", entry.name, entry.family):
+            raise ValueError(f"the tensors have the names of {entry.name} ({entry.summary}), not of {source}")
+        ours, unused = official.our_names(entry, {name: tensors[key] for key, name in bare.items()})
+        reading = official.read_settings(entry, ours)
+        model = _blueprint(reading.description)
+        _require_fit(entry, {name: tuple(tensor.shape) for name, tensor in ours.items()}, model)
+        keys = {name: key for key, name in bare.items()}
+        return Converted(
+            description=describe(model),
+            tensors={name: _float32(official.official_name(entry, name), tensor) for name, tensor in ours.items()},
+            source=entry.name,
+            dropped=dropped + [(keys[name], reason) for name, reason in unused],
+            kept_buffers=[name for name in _computed_buffers(model) if name.removeprefix("backbone.") not in keys],
+            assumed=reading.assumed,
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def of_model(model: VideoModel) -> Converted:
+    """A model as it stands, such as a training run's."""
+    tensors = {name: _float32(name, parameter.detach().cpu()) for name, parameter in model.named_parameters()}
+    return Converted(describe(model), tensors, "run", kept_buffers=_computed_buffers(model))
+
+
+def count(converted: Converted) -> tuple[int, int]:
+    """Parameters of the model, and how many of them train."""
+    parameters = list(_blueprint(converted.description).parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def write_folder(converted: Converted, out: Path) -> None:
+    """Writes the folder `out`, whole or not at all; ValueError if it is taken, OSError if it cannot be written."""
+    require_free(out, folder=True)
+    part = out.with_name(f".{out.name}.part")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if part.exists():  # of a process that was killed while writing
+        shutil.rmtree(part)
+    part.mkdir()
+    try:
+        save_file(converted.tensors, part / TENSORS)
+        document = {
+            "format_version": FORMAT_VERSION,
+            "source": converted.source,
+            "model": converted.description,
+            "tensors_sha256": _sha256(part / TENSORS),
+            "dropped": converted.dropped,
+            "kept_buffers": converted.kept_buffers,
+            "assumed": converted.assumed,
+        }
+        (part / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        for path in (part / TENSORS, part / DOCUMENT, part):
+            _sync(path)
+        part.rename(out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync(out.parent)
+
+
+def read_folder(folder: Path) -> Converted:
+    """What `write_folder` wrote, checked; ValueError or OSError names what is damaged."""
+    document = _read_document(folder)
+    path = folder / TENSORS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no {TENSORS}; convert the checkpoint again")
+    if _sha256(path) != document["tensors_sha256"]:
+        raise ValueError(f"{path} is damaged (checksum); convert the checkpoint again")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); convert the checkpoint again") from error
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{path} is none of ours: {name} is of {tensor.dtype}; convert the checkpoint again")
+        _require_finite(f"{path}: {name}", tensor)
+    return Converted(document["model"], tensors, str(document.get("source", "")))
+
+
+def load(folder: str | Path, **settings: Any) -> VideoModel:
+    """The model of a folder that tools/convert_checkpoint.py made: in eval mode, in float32, on the CPU.
+
+    Its forward takes normalised float clips [B, T, 3, H, W], or uint8 frames [B, T, H, W, 3], and returns logits
+    [B, C]; of a checkpoint without a head what the published backbone returns ([B, D, T, 1, 1] for AIM on a ViT).
+
+    `settings` say what no tensor shows, any option of the method or of the geometry:
+        adapter_scale, or its short name scale: s, by default 1 with two temporal adapters and 0.5 with one;
+        num_frames: T. Another number than the temporal embedding's length interpolates it linearly over time;
+        quick_gelu, heads, mean, std, drop_path, …
+    Raises ValueError for a setting that there is not or that a tensor contradicts, and for a damaged folder.
+    """
+    folder = Path(folder)
+    stored = read_folder(folder)
+    description = _with_settings(stored.description, settings)
+    shapes = {name: tuple(parameter.shape) for name, parameter in _blueprint(description).named_parameters()}
+    tensors = _over_time(stored.tensors, shapes)
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
+        wrong = next(
+            name for name in sorted({*shapes, *tensors})
+            if name not in tensors or shapes.get(name) != tuple(tensors[name].shape)
+        )  # fmt: skip
+        there = list(tensors[wrong].shape) if wrong in tensors else "missing"
+        raise ValueError(
+            f"{folder / TENSORS} does not fit {DOCUMENT} and the settings: {wrong} is {there}, and "
+            f"{list(shapes[wrong]) if wrong in shapes else 'no such tensor'} is needed"
+        )
+    with torch.random.fork_rng(devices=[]):  # the initialisation, soon overwritten, draws from it
+        model = from_description(description)
+    for name, parameter in model.named_parameters():
+        parameter.data = tensors[name]
+    return model.eval()
+
+
+def write_official(converted: Converted, out: Path, target: str) -> Format:
+    """Writes the tensors under the published names of the model's own format: `.safetensors`, or `.pth` under
+    'state_dict'. `target`: that format or its family. Raises ValueError where there is none or `out` is there."""
+    entry = official.format_of(converted.description)
+    if target not in (entry.name, entry.family):
+        raise ValueError(f"the model is published in the format {entry.name}, not {target}: say --to {entry.family}")
+    write: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
+        ".safetensors": save_file,
+        ".pth": lambda tensors, path: torch.save({"state_dict": tensors}, path),
+    }
+    if out.suffix not in write:
+        raise ValueError(f"{out}: the name of the file must end in {' or '.join(write)}")
+    require_free(out, folder=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = out.with_name(f".{out.name}.part")
+    try:
+        write[out.suffix](official.official_tensors(entry, converted.tensors), part)
+        _sync(part)
+        part.rename(out)
+    finally:
+        part.unlink(missing_ok=True)
+    _sync(out.parent)
+    return entry
+
+
+def require_free(out: Path, *, folder: bool) -> None:
+    """ValueError if there is something at `out`, an empty folder excepted where one is written: nothing is lost."""
+    empty = folder and out.is_dir() and not out.is_symlink() and not any(out.iterdir())
+    if not empty and (out.exists() or out.is_symlink()):
+        raise ValueError(f"{out} is there already; remove it, or give another name")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    """Every tensor of a weight file by its key, and what stood beside them: name and reason.
+
+    Nothing in the file is executed. Raises ValueError: not whole, not a weight file, or one that only a program could
+    read (pickled Python objects, a TorchScript archive), with what to do then; OSError if it cannot be opened.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start[8:9] == b"{":  # after the length of the header, which may look like anything
+        try:
+            return load_file(path), []
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole .safetensors file: {error}") from error
+    if start[:2] == b"PK":
+        _refuse_program(path)
+    elif start[:1] != b"\x80":
+        raise ValueError(f"{path} is no weight file: neither .safetensors nor PyTorch (.pth, .pt, .bin)")
+    document = _load_plain(path)
+    return _unwrapped(path, document)
+
+
+def _refuse_program(path: Path) -> None:
+    """ValueError for a damaged zip archive, or for one that holds a program besides its weights."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is not a whole PyTorch file: {error}") from error
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
+        raise ValueError(
+            f"{path} is a TorchScript archive, a program and not only weights, and is not opened; where it is trusted: "
+            "safetensors.torch.save_file(torch.jit.load(IN, map_location='cpu').state_dict(), 'weights.safetensors'), "
+            "then convert that file"
+        )
+
+
+def _load_plain(path: Path) -> Any:
+    """What a PyTorch file holds, if those are tensors and plain values."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch finds odd about a damaged file: the error says it
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile pickle makes torch raise any kind
+        text = " ".join(str(error).split())
+        if "Weights only load failed" in text:
+            found = re.search(r"GLOBAL (\S+)|instruction (\S+)|type (\S+)", text)
+            what = f" ({(found[1] or found[2] or found[3])[:80]})" if found else ""
+            raise ValueError(
+                f"{path} holds pickled Python objects{what}, which could run a program, and is not opened; on a "
+                "machine where it is trusted, save its tensors with safetensors.torch.save_file and convert that file"
+            ) from error
+        raise ValueError(f"{path} is not a whole PyTorch file: {text[:200]}") from error
+
+
+def _unwrapped(path: Path, document: Any) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
+    """The state dict in what a training program saved, and the entries beside it."""
+    beside: list[tuple[str, str]] = []
+    if isinstance(document, Mapping):
+        wrapper = next((name for name in _WRAPPERS if isinstance(document.get(name), Mapping)), None)
+        if wrapper is not None:
+            reason = "state of the training program, not weights"
+            beside = [(str(name), reason) for name in document if name != wrapper]
+            document = document[wrapper]
+    if not isinstance(document, Mapping) or not document:
+        raise ValueError(f"{path} holds no state dict, but {type(document).__name__}: names and tensors are needed")
+    file_bytes = path.stat().st_size
+    for key, value in document.items():
+        if not isinstance(key, str):
+            raise ValueError(f"{path}: the key {str(key)[:80]!r} is no name")
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+            raise ValueError(f"{path}: {key[:80]} is no plain tensor, but {type(value).__name__}")
+        if value.numel() * value.element_size() > file_bytes:
+            raise ValueError(f"{path}: {key[:80]} claims the shape {list(value.shape)}, more than the file holds")
+    return dict(document), beside
+
+
+def _float32(name: str, tensor: Tensor) -> Tensor:
+    """A copy in float32 that shares no memory; ValueError for other than finite floats."""
+    if tensor.dtype not in _FLOATS:
+        raise ValueError(f"{name} is of {str(tensor.dtype).removeprefix('torch.')}; floating point is needed")
+    copied = tensor.detach().to(torch.float32, copy=True).contiguous()
+    _require_finite(name, copied)
+    return copied
+
+
+def _require_finite(name: str, tensor: Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        what = "NaN" if torch.isnan(tensor).any() else "an infinite number"
+        raise ValueError(f"{name} holds {what}; the file is damaged, or its training had failed")
+
+
+def _require_fit(entry: Format, shapes: Mapping[str, tuple[int, ...]], model: VideoModel) -> None:
+    """ValueError unless there is exactly one tensor for every parameter, of its shape."""
+    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    missing = [official.official_name(entry, name) for name in wanted if name not in shapes]
+    unknown = [name for name in shapes if name not in wanted]
+    if unknown:
+        theirs = official.official_name(entry, unknown[0])
+        close = difflib.get_close_matches(theirs, missing, n=1, cutoff=0.8)
+        raise ValueError(
+            f"unknown tensor {theirs[:120]} in the format {entry.name}"
+            + (f"; is it {close[0]}, which is missing?" if close else f" ({len(unknown)} such)")
+        )
+    if missing:
+        raise ValueError(f"there is no {missing[0]}, which this {entry.name} model needs ({len(missing)} missing)")
+    for name, shape in shapes.items():
+        if shape != wanted[name]:
+            raise ValueError(
+                f"{official.official_name(entry, name)} has the shape {list(shape)}, and the others ask for "
+                f"{list(wanted[name])}"
+            )
+
+
+def _blueprint(description: Mapping[str, Any]) -> VideoModel:
+    """The described model without memory for its weights."""
+    with torch.device("meta"):
+        return from_description(description)
+
+
+def _computed_buffers(model: VideoModel) -> list[str]:
+    return [name for name, _ in model.named_buffers() if name not in ("pixel_mean", "pixel_std")]
+
+
+def _read_document(folder: Path) -> dict[str, Any]:
+    path = folder / DOCUMENT
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is no converted checkpoint: it has no {DOCUMENT}; make one by python "
+            f"tools/convert_checkpoint.py IN {folder}"
+        )
+    if path.stat().st_size > _MOST_JSON_BYTES:
+        raise ValueError(f"{path} is larger than {_MOST_JSON_BYTES} bytes; it is none of ours")
+    try:
+        document = json.loads(path.read_bytes())
+        version = document["format_version"]
+        described = isinstance(document["model"], dict) and isinstance(document["tensors_sha256"], str)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({type(error).__name__}); convert the checkpoint again") from error
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {str(version)[:20]}, this program reads {FORMAT_VERSION}")
+    if not described:
+        raise ValueError(f"{path} is damaged (model, tensors_sha256); convert the checkpoint again")
+    return dict(document)
+
+
+def _with_settings(description: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The description with what the caller of `load` knows better."""
+    kept = describe(_blueprint(description))  # complete, and checked
+    options = [f.name for f in dataclasses.fields(METHODS[kept["method"]].options) if f.name not in _SHOWN_OPTIONS]
+    geometry = [name for name in kept["geometry"] if name not in _SHOWN_GEOMETRY[kept["backbone"]]]
+    given = dict(settings)
+    if "scale" in given and "adapter_scale" in options:
+        if "adapter_scale" in given:
+            raise ValueError("scale and adapter_scale are two names of one setting; give one of them")
+        given["adapter_scale"] = given.pop("scale")
+    for name, value in given.items():
+        if name == "num_frames":
+            kept["num_frames"] = value
+        elif name in options:
+            kept["options"][name] = value
+        elif name in geometry:
+            kept["geometry"][name] = value
+        else:
+            allowed = ["num_frames", *(["scale"] if "adapter_scale" in options else []), *options, *geometry]
+            raise ValueError(f"unknown setting {name!r}; of this model can be set: {', '.join(allowed)}")
+    return kept
+
+
+def _over_time(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors, those that belong to another number of frames than `shapes` interpolated linearly over time."""
+    fitted, changed = dict(tensors), []
+    for name, tensor in tensors.items():
+        axis = _TIME_AXES.get(name.rpartition(".")[2])
+        shape = shapes.get(name)
+        if axis is None or shape is None or tuple(tensor.shape) == shape or tensor.ndim != len(shape):
+            continue
+        rows = tensor.movedim(axis, -1)
+        flat = rows.reshape(1, -1, rows.shape[-1])
+        # A bias table's ends are the largest distances in time, which stay the ends; an embedding's rows are spans.
+        fitted[name] = (
+            F.interpolate(flat, size=shape[axis], mode="linear", align_corners=axis == 0)
+            .reshape(*rows.shape[:-1], shape[axis])
+            .movedim(-1, axis)
+        )
+        changed.append(f"{name} from {tensor.shape[axis]} to {shape[axis]} rows")
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        logger.warning("num_frames is not the checkpoint's: %s%s, linearly over time", changed[0], more)
+    return fitted
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,81 @@
+"""Image models by name: which library has one, whose normalisation holds, and what is said of names that are none."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.backbone import NORMALISATIONS, image_size, load_image_tower
+from model.geometry import SwinGeometry, ViTGeometry
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "size", "ln_pre"),
+    [
+        ("tiny-clip", ViTGeometry, 48, True),
+        ("ViT-L-14-336-quickgelu", ViTGeometry, 336, True),
+        ("vit_base_patch16_224", ViTGeometry, 224, False),
+        ("swin_base_patch4_window12_384", SwinGeometry, 384, None),
+        ("swin_base_patch4_window7_224", SwinGeometry, 224, None),  # a name that open_clip knows too
+    ],
+)
+def test_a_name_finds_its_library(name: str, kind: type, size: int, ln_pre: bool | None) -> None:
+    geometry = load_image_tower(name, "none").geometry
+    assert type(geometry) is kind and geometry.image_size == image_size(name) == size
+    assert getattr(geometry, "ln_pre", None) == ln_pre
+
+
+@pytest.mark.parametrize("door", [lambda name: load_image_tower(name, "none"), image_size])
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("ViT-B-61", "unknown model.name 'ViT-B-61'; close names: .*ViT-B-16"),
+        ("vit_base_patch61_224", "unknown model.name 'vit_base_patch61_224'; close names: .*vit_base_patch16_224"),
+        ("swin_base_patch4_window7", "close names: .*swin_base_patch4_window7_224"),
+        ("???", "close names: ViT-B-16-quickgelu, .*vit_base_patch16_224"),
+        (
+            "vit_base_patch16_224.orig_in21k",
+            "write model.name = 'vit_base_patch16_224' and model.pretrained = 'orig_in21k'",
+        ),
+    ],
+)
+def test_an_unknown_name_is_answered_with_close_ones_of_both(door: object, name: str, text: str) -> None:
+    with pytest.raises(ValueError, match=text) as error:
+        door(name)  # type: ignore[operator]
+    assert "\n" not in str(error.value)
+
+
+def test_normalisation_is_that_of_the_weights_unless_asked_otherwise() -> None:
+    clip, imagenet = load_image_tower("tiny-clip", "none").geometry, load_image_tower("vit_tiny_patch16_224", "none")
+    assert clip.mean == (0.48145466, 0.4578275, 0.40821073) and clip.std == (0.26862954, 0.26130258, 0.27577711)
+    assert imagenet.geometry.mean == imagenet.geometry.std == (0.5, 0.5, 0.5)
+    assert load_image_tower("swin_tiny_patch4_window7_224", "none").geometry.mean == (0.485, 0.456, 0.406)
+    for key, (mean, std) in NORMALISATIONS.items():
+        geometry = load_image_tower("tiny-clip", "none", normalisation=key).geometry
+        assert (geometry.mean, geometry.std) == (mean, std)
+
+
+def test_normalisations_are_the_published_ones() -> None:
+    """On the 0-255 scale of the official configs; those of CLIP are rounded there."""
+    published = {
+        "aim_clip": ((122.769, 116.74, 104.04), (68.493, 66.63, 70.321)),
+        "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+        "half": ((127.5,) * 3, (127.5,) * 3),
+        "timesformer": ((114.75,) * 3, (57.375,) * 3),
+    }
+    assert published.keys() == NORMALISATIONS.keys()
+    for key, pair in published.items():
+        for ours, theirs in zip(NORMALISATIONS[key], pair, strict=True):
+            assert [255 * value for value in ours] == pytest.approx(theirs, abs=1e-9)
+
+
+def test_an_unknown_normalisation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"model\.normalisation = 'clip'; allowed is aim_clip, imagenet, half"):
+        load_image_tower("tiny-clip", "none", normalisation="clip")
+
+
+def test_only_clip_has_a_text_tower() -> None:
+    text = load_image_tower("tiny-clip", "shapes", text_tower=True).text_state
+    assert text is not None and text["transformer.resblocks.1.ln_1.weight"].shape == (48,)
+    assert load_image_tower("tiny-clip", "shapes").text_state is None
+    with pytest.raises(ValueError, match="needs a text tower, and vit_base_patch16_224 has none"):
+        load_image_tower("vit_base_patch16_224", "none", text_tower=True)

@@ -1,0 +1,237 @@
+"""Every shipped recipe against the published settings, row by row, and the size of its model against the published."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from model.backbone import load_image_tower
+from model.methods import create
+from model.parameters import count_parameters
+from tools.run_ablation import ABLATIONS, Row, plan_runs, read_ablation
+from train.config import Config
+from train.resolve import RECIPES, load_config
+
+OWN = ("demo", "demo_baseline", "my_videos")  # ours, so nothing is published of them
+CLASSES = {"data/k400": 400, "data/k700": 700, "data/ssv2": 174, "data/diving48": 48}
+
+
+class Data(NamedTuple):
+    sampling: str
+    epochs: float
+    flip: float
+    rand_augment: tuple[float, ...]
+    random_erasing: float
+    label_smoothing: float
+
+
+K400 = K700 = Data("dense", 30, 0.5, (), 0.0, 0.0)
+DIVING48 = Data("uniform", 50, 0.5, (), 0.0, 0.0)
+SSV2 = Data("uniform", 50, 0.0, (4, 7), 0.25, 0.1)
+SSV2_SWIN = SSV2._replace(epochs=60)
+TIMESFORMER = K400._replace(epochs=15)
+CLIP_B, CLIP_L = ("ViT-B-16-quickgelu", "openai", "aim_clip"), ("ViT-L-14-quickgelu", "openai", "aim_clip")
+IN21K = ("vit_base_patch16_224", "orig_in21k_ft_in1k", "imagenet")
+SWIN = ("swin_base_patch4_window7_224", "ms_in22k", "imagenet")
+
+
+class Published(NamedTuple):
+    method: str
+    image_model: tuple[str, str, str]
+    """model.name, model.pretrained, model.normalisation."""
+    data: Data
+    frames: int
+    interval: int | None
+    """None: uniform sampling knows none."""
+    views: tuple[int, int]
+    """Clips × crops."""
+    lr: tuple[float, float, float]
+    """lr, backbone_lr, weight_decay."""
+    options: dict[str, Any]
+    parameters: tuple[int, int]
+    """Total, trainable, with the head."""
+
+
+AIM = {"adapter_scale": 0.5, "temporal_adapters": 1, "drop_path": 0.2, "head_dropout": 0.5}
+AIM_SSV2 = AIM | {"adapter_scale": 1.0, "temporal_adapters": 2}
+LR, LR_SLOW = (3e-4, 1.0, 0.05), (3e-4, 0.1, 0.05)
+PUBLISHED = {
+    "aim_b16_k400": Published("aim", CLIP_B, K400, 8, 16, (3, 1), LR, AIM, (96764560, 10966672)),
+    "aim_b16_k400_16f": Published("aim", CLIP_B, K400, 16, 8, (3, 1), LR, AIM, (96770704, 10972816)),
+    "aim_b16_k400_32f": Published("aim", CLIP_B, K400, 32, 4, (3, 1), LR, AIM, (96782992, 10985104)),
+    "aim_l14_k400": Published("aim", CLIP_L, K400, 8, 16, (3, 1), LR_SLOW, AIM, (341438864, 38261136)),
+    "aim_l14_k400_16f": Published("aim", CLIP_L, K400, 16, 8, (3, 1), LR_SLOW, AIM, (341447056, 38269328)),
+    "aim_l14_k400_32f": Published("aim", CLIP_L, K400, 32, 4, (3, 1), LR_SLOW, AIM, (341463440, 38285712)),
+    "aim_b16_k700": Published("aim", CLIP_B, K700, 32, 4, (3, 3), LR, AIM, (97013692, 11215804)),
+    "aim_l14_k700": Published("aim", CLIP_L, K700, 32, 4, (3, 3), LR, AIM, (341770940, 38593212)),
+    "aim_b16_ssv2": Published("aim", CLIP_B, SSV2, 8, None, (1, 3), LR, AIM_SSV2, (100141230, 14343342)),
+    "aim_l14_ssv2": Published("aim", CLIP_L, SSV2, 8, None, (1, 3), LR_SLOW, AIM_SSV2, (353820846, 50643118)),
+    "aim_b16_diving48": Published("aim", CLIP_B, DIVING48, 32, None, (1, 1), LR, AIM, (96512304, 10714416)),
+    "aim_l14_diving48": Published("aim", CLIP_L, DIVING48, 32, None, (1, 1), LR, AIM, (341102640, 37924912)),
+    "aim_in21k_k400": Published("aim", IN21K, K400, 8, 16, (3, 1), LR, AIM, (96763792, 10966672)),
+    "aim_in21k_ssv2": Published("aim", IN21K, SSV2, 8, None, (1, 3), LR, AIM_SSV2, (100140462, 14343342)),
+    "aim_swin_b_k400": Published(
+        "aim", SWIN, K400, 32, 2, (4, 3), (1e-3, 0.1, 0.05), AIM | {"shipped_freezing": False}, (95927276, 9179956)
+    ),
+    "aim_swin_b_ssv2": Published(
+        "aim", SWIN, SSV2_SWIN, 32, None, (1, 3), LR_SLOW, AIM | {"drop_path": 0.4}, (95695626, 8948306)
+    ),
+    "frozen_in21k_ssv2": Published("frozen", IN21K, SSV2, 8, None, (1, 3), LR, {}, (85932462, 135342)),
+    "finetuned_in21k_ssv2": Published("finetuned", IN21K, SSV2, 8, None, (1, 3), LR, {}, (85932462, 85932462)),
+    "timesformer_in21k_ssv2": Published(
+        "timesformer", IN21K, SSV2, 8, None, (1, 3), LR, {"drop_path": 0.1}, (121392558, 121392558)
+    ),
+    "timesformer_k400": Published(
+        "timesformer",
+        (*IN21K[:2], "timesformer"),
+        TIMESFORMER,
+        8,
+        32,
+        (1, 3),
+        (3e-4, 1.0, 1e-4),  # published with SGD at 0.005, which the trainer has not
+        {"drop_path": 0.1, "head_dropout": 0.0},
+        (121566352, 121566352),
+    ),
+    "timesformer_clip_k400": Published(
+        "timesformer_clip",
+        CLIP_B,
+        K400,
+        8,
+        16,
+        (3, 1),
+        (3e-4, 1.0, 5e-6),
+        {"drop_path": 0.1, "head_dropout": 0.5},
+        (121567120, 121567120),
+    ),
+    "video_swin_b_k400": Published(
+        "video_swin",
+        SWIN,
+        K400,
+        32,
+        2,
+        (4, 3),
+        LR_SLOW,
+        {"drop_path": 0.2, "temporal_window": 8, "head_dropout": 0.5},
+        (88048984, 88048984),
+    ),
+    "video_swin_b_ssv2": Published(
+        "video_swin",
+        SWIN,
+        SSV2_SWIN,
+        32,
+        None,
+        (1, 3),
+        LR_SLOW,
+        {"drop_path": 0.4, "temporal_window": 16, "head_dropout": 0.5},
+        (88834038, 88834038),
+    ),
+}
+BY_NAME = pytest.mark.parametrize("name", PUBLISHED)
+
+
+def test_every_recipe_is_in_the_table() -> None:
+    assert {path.stem for path in RECIPES.glob("*.toml")} == {*PUBLISHED, *OWN}
+
+
+@BY_NAME
+def test_settings_are_the_published_ones(name: str) -> None:
+    config, row = load_config(name), PUBLISHED[name]
+    data, model, optimizer = config.data, config.model, config.optimizer
+    assert (model.method, model.name, model.pretrained, model.normalisation) == (row.method, *row.image_model)
+    told = (data.sampling, config.schedule.epochs, data.flip, data.rand_augment, data.random_erasing)
+    assert Data(*told, config.train.label_smoothing) == row.data
+    assert data.num_frames == row.frames and (data.test_clips, data.test_crops) == row.views
+    assert row.interval is None or data.interval == row.interval
+    assert (optimizer.lr, optimizer.backbone_lr, optimizer.weight_decay) == row.lr
+    assert {key: getattr(model.options, key) for key in row.options} == row.options
+    assert data.mix_prob * max(data.mixup_alpha, data.cutmix_alpha) == 0 and not any(data.color_jitter)
+    assert data.fraction == 1 and config.schedule.warmup_epochs == 2.5
+    assert config.deepspeed["train_batch_size"] == 64 and config.deepspeed["gradient_clipping"] == 0
+
+
+@BY_NAME
+def test_the_official_test_crops_the_whole_short_side(name: str) -> None:
+    data = load_config(name).data
+    assert data.test_crops == 3 or data.eval_crop == 1.0
+
+
+@BY_NAME
+def test_model_has_the_published_size(name: str) -> None:
+    model = build_on_meta(load_config(name))
+    assert count_parameters(model) == PUBLISHED[name].parameters
+
+
+def build_on_meta(config: Config) -> torch.nn.Module:
+    with torch.device("meta"):
+        tower = load_image_tower(config.model.name, "none", normalisation=config.model.normalisation)
+        classes, frames = CLASSES[config.data.shards], config.data.num_frames
+        return create(config.model.method, tower, num_classes=classes, num_frames=frames, options=config.model.options)
+
+
+@BY_NAME
+def test_recipe_says_what_it_is_and_how_to_start_it(name: str) -> None:
+    lines = (RECIPES / f"{name}.toml").read_text().splitlines()
+    header = "\n".join(line for line in lines if line.startswith("#"))
+    config = load_config(name)
+    assert "needs" in lines[0] and config.data.shards in lines[0] and "weights" in lines[0]
+    assert f"deepspeed train/main.py --recipe {name}" in header
+    published = "Published, not measured here: " in header
+    assert published != ("No published accuracy is at hand" in header)
+
+
+@BY_NAME
+def test_recipe_holds_only_what_differs_from_the_defaults(name: str) -> None:
+    """Beside what makes a recipe readable: the set, how frames are taken, and the image model."""
+    said = tomllib.loads((RECIPES / f"{name}.toml").read_text())
+    kept = {"data": {"shards", "num_frames", "sampling", "interval"}, "model": {"method", "name", "pretrained"}}
+    defaults = default_values(said["model"].get("method", "aim"))
+    for section, entries in said.items():
+        for key in entries.keys() - kept.get(section, set()):
+            value = tuple(entries[key]) if isinstance(entries[key], list) else entries[key]
+            assert value != defaults[section][key], f"{section}.{key} is the default"
+
+
+def default_values(method: str) -> dict[str, dict[str, Any]]:
+    """Of a recipe that says nothing but its method."""
+    config = load_config("my_videos", [f"model.method={method}", "data.shards=x"])
+    config = Config(model=type(config.model)(method=method))
+    sections = ("data", "optimizer", "schedule", "train")
+    return {"model": config.model.as_dict(), **{name: vars(getattr(config, name)) for name in sections}}
+
+
+@pytest.mark.parametrize("path", sorted(ABLATIONS.glob("*.toml")), ids=lambda path: path.stem)
+def test_rows_of_an_ablation_resolve_and_differ(path: Path) -> None:
+    ablation = read_ablation(path.stem)
+    runs = plan_runs([ablation], [0, 1], [], shards="x", fingerprint="")
+    assert len({run.key for run in runs.values()}) == 2 * len(ablation.rows)
+    assert path.read_text().startswith("# ") and f"run_ablation.py {path.stem}" in path.read_text()
+
+
+def rows(name: str) -> dict[str, Row]:
+    return {row.name: row for row in read_ablation(name).rows}
+
+
+def test_ablations_hold_the_published_numbers() -> None:
+    assert [row.published for row in rows("components").values()] == [15.1, 36.2, 59.5, 36.7, 61.2, 62.0]
+    assert [row.published for row in rows("positions").values()] == [80.7, 83.3, 83.2, 83.9]
+    assert [row.published for row in rows("ratio").values()] == [None, None, 83.9, None]
+    assert all(row.published is None for row in rows("data_efficiency").values())
+    left_out = ("finetuned, space-only", "finetuned, space-time (TimeSformer)")
+    assert rows("ladder") == {name: row for name, row in rows("components").items() if name not in left_out}
+
+
+def test_data_efficiency_compares_equal_parts_of_the_set() -> None:
+    configs = [load_config(row.recipe, [*row.settings, "data.shards=x"]) for row in rows("data_efficiency").values()]
+    methods = [config.model.method for config in configs]
+    assert methods == ["aim"] * 4 + ["timesformer_clip"] * 4
+    assert [config.data.fraction for config in configs] == [0.1, 0.25, 0.5, 1.0] * 2
+    assert configs[3].data == configs[7].data and configs[3].schedule == configs[7].schedule
+
+
+def test_the_baselines_learn_from_the_demos_clips() -> None:
+    demo, baseline = (load_config(name, ["data.shards=x"]) for name in ("demo", "demo_baseline"))
+    assert demo.data == baseline.data and demo.schedule == baseline.schedule and demo.deepspeed == baseline.deepspeed

@@ -1,0 +1,269 @@
+"""Evaluates a trained model on a packed set, on one process or many, and writes what it got right and wrong.
+
+    python tools/evaluate.py runs/k400 --shards SHARDS --views 3x1
+    deepspeed tools/evaluate.py runs/k400/checkpoint-008000 --shards SHARDS --views 3x3
+
+CHECKPOINT is a run's folder (its newest checkpoint), one of its checkpoints, or what tools/convert_checkpoint.py made.
+Clips are cut as in the run; of a converted checkpoint densely, 128 source frames a clip, unless --set data.sampling and
+data.interval say otherwise. The metrics are the same for any batch and any number of processes.
+
+Writes into OUT: metrics.json; per_class.csv; predictions.npz (keys, classes, logits, labels, valid); and, where a video
+has one label, confusion.csv (row: the truth, column: the answer) and confusion.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; train/main.py says why
+
+import matplotlib
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from pipelines.cli import one_of_several, run_cli
+from pipelines.loader import default_workers
+from pipelines.machine import installed_versions, processor_name
+from pipelines.plan import ClipOptions
+from pipelines.remote import open_set
+from pipelines.shards import ShardSet, write_durably
+from train.engine import World, start_world
+from train.evaluate import AVERAGINGS, Evaluation, evaluate
+from train.metrics import metrics_text
+from train.start import PACKAGES
+from train.trained import Trained, open_trained
+
+MOST_LABELLED = 400
+"""Classes whose names still stand beside the picture; cells of more would make it larger than people open."""
+LOSS_DIGITS = 5
+"""What of a mean loss does not depend on the batch."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One evaluation. Raises ValueError or OSError for what a user can mend."""
+    arguments = parse_arguments(argv)
+    trained = open_trained(arguments.checkpoint, arguments.set)
+    data = trained.config.data
+    options = with_views(data, arguments.views)
+    location = arguments.shards or data.shards
+    if not location:
+        raise ValueError(f"{arguments.checkpoint} names no set: add --shards FOLDER, made by tools/make_shards.py")
+    shards = open_set(location, arguments.split or data.val_split or "val", cache=data.cache, window=1)
+    trained.require_classes(tuple(shards.classes), f"{location}")
+    bf16 = trained.config.bf16 if arguments.precision is None else arguments.precision == "bf16"
+    precision, views = "bf16" if bf16 else "fp32", f"{options.test_clips}x{options.test_crops}"
+    world = start_world() if "RANK" in os.environ else _alone()
+    out = arguments.out or default_folder(trained, shards.split, views, arguments.average, precision)
+    world.agree(_failure_of_making(out) if world.rank == 0 else None)
+    if bf16:
+        trained.model.set_compute_dtype(torch.bfloat16)
+    trained.model.to(world.device)
+
+    start, micro_batch = time.monotonic(), arguments.batch or trained.micro_batch
+    clips = len(shards) * options.num_views
+    with _Progress(clips, micro_batch * world.size, shown=world.rank == 0) as progress:
+        result = evaluate(
+            trained.model,
+            shards,
+            world,
+            micro_batch=micro_batch,
+            loader_options={
+                "options": options,
+                "workers": data.workers or default_workers(world.local_size, world.device.type),
+                "prefetch": data.prefetch,
+                "max_bad_fraction": data.max_bad_fraction,
+                "ranks": world.size,
+                "device": world.device,
+            },
+            averaging=arguments.average,
+            on_batch=progress.step,
+        )
+    if world.rank == 0:
+        seconds = time.monotonic() - start
+        settings = {
+            **{"checkpoint": str(arguments.checkpoint), "step": trained.step},
+            **{"shards": str(location), "split": shards.split, "fingerprint": shards.fingerprint},
+            **{"views": views, "averaging": arguments.average, "precision": precision},
+            **{"num_frames": options.num_frames, "sampling": options.sampling, "interval": options.interval},
+            **{"world_size": world.size, "micro_batch": micro_batch},
+            **{"seconds": round(seconds, 1), "clips_per_s": round(clips / seconds, 2)},
+            "device": torch.cuda.get_device_name() if world.device.type == "cuda" else processor_name(),
+            "packages": installed_versions(PACKAGES),
+        }
+        metrics = write_report(out, result, shards, settings)
+        print(f"{shards.folder}, split {shards.split}, {views} views, {precision}: {metrics_text(metrics)}")
+        print(out, flush=True)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run, a checkpoint, or a converted one")
+    parser.add_argument("--shards", metavar="SET", help="a packed set: a folder, or its address (default: the run's)")
+    parser.add_argument("--split", help="default: the run's validation split, or val")
+    parser.add_argument("--views", metavar="CLIPSxCROPS", help="such as 3x1 or 1x3 (default: the run's)")
+    parser.add_argument("--average", choices=AVERAGINGS, default="prob", help="of the views (default: prob)")
+    parser.add_argument("--batch", type=int, metavar="N", help="clips at once (default: as in training)")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: evaluation-… beside the checkpoint")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=C", help="change one key of the run's recipe"
+    )
+    precision = parser.add_mutually_exclusive_group()
+    for name, what in (("bf16", "bfloat16"), ("fp32", "float32")):
+        text = f"compute in {what} (default: as trained; a converted checkpoint in float32)"
+        precision.add_argument(f"--{name}", action="store_const", const=name, dest="precision", help=text)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    arguments = parser.parse_args(argv)
+    if arguments.batch is not None and not 1 <= arguments.batch <= 4096:
+        parser.error(f"--batch {arguments.batch}: allowed are 1 to 4096 clips")
+    if arguments.views is not None and not re.fullmatch(r"[1-9][0-9]{0,2}x[13]", arguments.views):
+        parser.error(f"--views {arguments.views}: the form is CLIPSxCROPS, such as 3x1; crops are 1 or 3")
+    return arguments
+
+
+def with_views(options: ClipOptions, views: str | None) -> ClipOptions:
+    """The options with other test views; as they are for None."""
+    if views is None:
+        return options
+    clips, crops = map(int, views.split("x"))
+    return dataclasses.replace(options, test_clips=clips, test_crops=crops)
+
+
+def default_folder(trained: Trained, split: str, views: str, average: str, precision: str) -> Path:
+    """Where a report goes: one folder for each way to evaluate."""
+    step = "" if trained.step is None else f"{trained.step:06d}-"
+    return trained.folder / f"evaluation-{step}{re.sub(r'[^A-Za-z0-9._-]', '_', split)}-{views}-{average}-{precision}"
+
+
+def _alone() -> World:
+    """A world of this process, which needs none of what several do."""
+    return World(0, 1, 1, torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+
+
+def _failure_of_making(folder: Path) -> OSError | None:
+    """Makes the folder, before hours of work rather than after; what failed, if anything."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return error
+    return None
+
+
+class _Progress:
+    """A bar of clips, on one process for all of them."""
+
+    def __init__(self, clips: int, clips_a_step: int, *, shown: bool) -> None:
+        self._clips_a_step = clips_a_step
+        self._bar = tqdm(total=clips, unit="clip", disable=None if shown else True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        """All processes have done a micro-batch, the last one perhaps less."""
+        self._bar.update(min(self._clips_a_step, self._bar.total - self._bar.n))
+
+
+def write_report(out: Path, result: Evaluation, shards: ShardSet, settings: dict[str, Any]) -> dict[str, float]:
+    """All files of an evaluation; returns the metrics as they stand in metrics.json."""
+    metrics = result.metrics()
+    metrics["loss"] = round(metrics["loss"], LOSS_DIGITS)
+    plain = {name: None if math.isnan(value) else value for name, value in metrics.items()}
+    write_durably(out / "metrics.json", (json.dumps(plain | settings, indent=1, ensure_ascii=False) + "\n").encode())
+    write_durably(out / "per_class.csv", as_csv(per_class(result, shards.classes)))
+    result.save(out / "predictions.npz", shards)
+    if not result.multi_label:
+        confusion = result.confusion()
+        rows = ([name, *counts] for name, counts in zip(shards.classes, confusion.tolist(), strict=True))
+        write_durably(out / "confusion.csv", as_csv([["", *shards.classes], *rows]))
+        write_durably(out / "confusion.png", draw_confusion(confusion, shards.classes))
+    return metrics
+
+
+def per_class(result: Evaluation, names: Sequence[str]) -> list[list[object]]:
+    """A heading and one row a class; cells of classes without samples are empty."""
+    samples = result.class_samples().tolist()
+    if result.multi_label:
+        precision = [f"{p:.6f}" if n else "" for p, n in zip(result.class_precision(), samples, strict=True)]
+        return [["class", "samples", "average_precision"], *map(list, zip(names, samples, precision, strict=True))]
+    confusion, accuracy = result.confusion(), result.class_accuracy()
+    wrong = confusion - np.diag(np.diagonal(confusion))
+    rows: list[list[object]] = [["class", "samples", "correct", "accuracy", "most_confused_with", "as_often"]]
+    for c, name in enumerate(names):
+        worst = int(wrong[c].argmax())
+        confused = [names[worst], int(wrong[c, worst])] if wrong[c, worst] else ["", ""]
+        shown = f"{accuracy[c]:.6f}" if samples[c] else ""
+        rows.append([name, samples[c], int(confusion[c, c]), shown, *confused])
+    return rows
+
+
+def as_csv(rows: Iterable[Sequence[object]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str]) -> bytes:
+    """A PNG of the shares of each row, the names beside it up to `MOST_LABELLED` classes, and the counts in the cells
+    of small ones."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import PowerNorm
+
+    count = len(names)
+    cell = 0.45 if count <= 20 else 0.2 if count <= 100 else 0.1 if count <= MOST_LABELLED else 40 / count  # inches
+    grid, size = max(cell * count, 2.2), min(9.0, 65 * cell)  # points: nine tenths of a cell
+    shown = [_label(name) for name in names] if count <= MOST_LABELLED else []
+    margin = 0.6 + 0.65 / 72 * size * max(map(len, shown), default=0)
+    width, height = margin + grid + 1.2, margin + grid + 0.2
+    figure = plt.figure(figsize=(width, height))
+    axes = figure.add_axes((margin / width, margin / height, grid / width, grid / height))
+    bar = figure.add_axes(((margin + grid + 0.2) / width, margin / height, 0.2 / width, min(grid, 6) / height))
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="nearest", aspect="auto")
+    figure.colorbar(image, cax=bar, label="share of the class's samples")
+    axes.set(xlabel="answer", ylabel="truth")
+    if shown:
+        axes.set_xticks(range(count), shown, rotation=90, fontsize=size, parse_math=False)
+        axes.set_yticks(range(count), shown, fontsize=size, parse_math=False)
+    if count <= 20:
+        for row, column in zip(*np.nonzero(confusion), strict=True):
+            colour = "white" if shares[row, column] > 0.4 else "black"
+            axes.text(column, row, str(confusion[row, column]), ha="center", va="center", color=colour, fontsize=8)
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font does not have
+        figure.savefig(buffer, format="png", dpi=120)
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+def _label(name: str) -> str:
+    """A class name on one line of bearable length."""
+    name = " ".join(name.split())
+    return name if len(name) <= 40 else f"{name[:39]}…"
+
+
+if __name__ == "__main__":
+    run_cli(lambda: one_of_several(main))

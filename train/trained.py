@@ -1,0 +1,107 @@
+"""A trained model from where it lies: a run, one of its checkpoints, or what tools/convert_checkpoint.py made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import model
+from model.video import VideoModel
+from train.build import backbone_checksum, build_model
+from train.checkpoint import load_weights, newest_checkpoint, read_checkpoint
+from train.config import Config
+from train.resolve import config_from_dict
+
+_SPAN = 128  # source frames that every published dense clip covers: 8 × 16, 16 × 8, 32 × 4
+_CONVERTED_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model and what is known of its training."""
+
+    model: VideoModel
+    """On the CPU, float32, in eval mode."""
+    config: Config
+    """The run's; of a converted checkpoint the defaults, with its number of frames and the published interval."""
+    folder: Path
+    """Where reports about it go: the run's, or the converted checkpoint's."""
+    step: int | None
+    """Optimizer steps done; None where that is not known."""
+    classes: tuple[str, ...] | None
+    """Names of its classes; None where they were not stored."""
+    micro_batch: int
+    """Clips at once that it was trained with."""
+
+    def before_training(self) -> VideoModel | None:
+        """The model that the run started from; None where that is not known."""
+        if self.step is None:
+            return None
+        config, classes, frames = self.config, self.model.num_classes, self.model.num_frames
+        assert classes is not None
+        return build_model(config.model, num_classes=classes, num_frames=frames, seed=config.train.seed).eval()
+
+    def require_classes(self, names: tuple[str, ...], where: str) -> None:
+        """ValueError, naming the first class that differs, unless the model was trained for these classes."""
+        if self.model.num_classes is None:
+            raise ValueError(f"{self.folder} has no classifier, so there is nothing to compare with labels; train it")
+        if self.classes is not None:
+            for number, (own, other) in enumerate(zip(self.classes, names, strict=False)):
+                if own != other:
+                    raise ValueError(
+                        f"the classes of {where} are not those of {self.folder}: class {number} is {other!r} there and "
+                        f"was {own!r} in training; pack the set with the class list of the training set"
+                    )
+        if self.model.num_classes != len(names):
+            raise ValueError(
+                f"{where} has {len(names)} classes and {self.folder} was trained for {self.model.num_classes}; "
+                "pack the set with the class list of the training set"
+            )
+
+
+def open_trained(path: Path, overrides: Iterable[str] = ()) -> Trained:
+    """Loads the newest checkpoint of a run's folder, a checkpoint by its own folder, or a converted one.
+
+    `overrides` change the configuration as `--set` does in training. Raises ValueError or OSError: nothing of the kind
+    there, damaged, or the frozen weights are not those that it was trained on.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder; give a run, one of its checkpoints or a converted checkpoint")
+    checkpoint = path if (path / "state.json").exists() else newest_checkpoint(path)
+    return _open_converted(path, overrides) if checkpoint is None else _open_checkpoint(checkpoint, overrides)
+
+
+def _open_checkpoint(path: Path, overrides: Iterable[str]) -> Trained:
+    document, tensors = read_checkpoint(path)
+    config = config_from_dict(document["config"], overrides)
+    head = tensors.get("weights/cls_head.fc_cls.weight")
+    if head is None:
+        raise ValueError(f"{path} holds no classifier")
+    built = build_model(
+        config.model, num_classes=len(head), num_frames=config.data.num_frames, seed=config.train.seed
+    ).eval()
+    if backbone_checksum(built) != document["run"]["checksum of the frozen weights"]:
+        raise ValueError(
+            f"the weights of {config.model.name} ({config.model.pretrained}) are not those that {path} was trained on "
+            "(checksum); bring those back, or name their file with --set model.pretrained=PATH"
+        )
+    load_weights(built, tensors)
+    classes = document.get("classes")
+    return Trained(
+        built,
+        config,
+        path.resolve().parent,
+        int(document["step"]),
+        None if classes is None else tuple(classes),
+        int(document["micro_batch"]),
+    )
+
+
+def _open_converted(path: Path, overrides: Iterable[str]) -> Trained:
+    loaded = model.load(path)
+    frames = loaded.num_frames
+    data = {"num_frames": frames, "interval": max(1, _SPAN // frames)}
+    batch = {"train_batch_size": _CONVERTED_BATCH, "train_micro_batch_size_per_gpu": _CONVERTED_BATCH}
+    config = config_from_dict({"data": data, "deepspeed": batch}, overrides)
+    return Trained(loaded.eval(), config, path, None, None, _CONVERTED_BATCH)
