@@ -26,9 +26,9 @@ def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", tex
 
     Args:
         name: of open_clip or of timm.
-        pretrained: a weight tag of that model, the path of a `.safetensors` file (of open_clip's models also of a plain
-            state dict in `.pt`, `.pth` or `.bin`, or of OpenAI's own archive), or `none` for random weights: then the
-            tower has no tensors, and what is built on it keeps the values it was constructed with.
+        pretrained: a weight tag of that model, the path of a weight file (`.safetensors`, a plain state dict in `.pt`,
+            `.pth` or `.bin`, or OpenAI's archive of that model), or `none` for random weights: then the tower has no
+            tensors, and what is built on it keeps the values it was constructed with.
         normalisation: a key of NORMALISATIONS; empty: what the weights were made with.
         text_tower: also loads the text tower's weights; of a model without one, a ValueError.
 

@@ -191,8 +191,9 @@ def load(folder: str | Path, **settings: Any) -> VideoModel:
         )
     with torch.random.fork_rng(devices=[]):  # the initialisation, soon overwritten, draws from it
         model = from_description(description)
-    for name, parameter in model.named_parameters():
-        parameter.data = tensors[name]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(tensors[name])  # a tensor of the file may be a view of it on the disk
     return model.eval()
 
 
@@ -294,7 +295,8 @@ def _unwrapped(path: Path, document: Any) -> tuple[dict[str, Tensor], list[tuple
             beside = [(str(name), reason) for name in document if name != wrapper]
             document = document[wrapper]
     if not isinstance(document, Mapping) or not document:
-        raise ValueError(f"{path} holds no state dict, but {type(document).__name__}: names and tensors are needed")
+        what = "an empty table" if isinstance(document, Mapping) else type(document).__name__
+        raise ValueError(f"{path} holds no state dict, but {what}; names and tensors are needed")
     file_bytes = path.stat().st_size
     for key, value in document.items():
         if not isinstance(key, str):

@@ -28,6 +28,7 @@ HEAD = "cls_head"
 HEAD_WIDTH = 64  # of every published ViT: heads = width / 64
 _SWIN_WINDOW = 7  # of every published Video Swin; its tables show no more than the product of the window's sides
 _SWIN_FRAMES, _VIT_FRAMES = 32, 8  # as published for Kinetics-400, where no tensor depends on it
+_MOST_BLOCKS = 512
 
 _TIMM_NAMES = {part: ours for part, ours in CLIP_NAMES.items() if ours not in ("ln_pre", "ln_post")}
 _FACEBOOK_NAMES = {
@@ -272,8 +273,10 @@ def _read_swin(entry: Format, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Sw
     for name in shapes:
         if match := re.match(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.", name):
             depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
-    if sorted(depths) != list(range(len(depths))):
-        raise ValueError(f"no tensor of stage {min(set(range(max(depths))) - set(depths))} (layers.…) is there")
+    if absent := [stage for stage in range(len(depths)) if stage not in depths]:
+        raise ValueError(f"no tensor of stage {absent[0]} (layers.{absent[0]}.…) is there")
+    if max(depths.values()) > _MOST_BLOCKS:
+        raise ValueError(f"a stage has {max(depths.values())} blocks by its names; allowed are 1 to {_MOST_BLOCKS}")
     table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
     tables = [_shape(entry, shapes, table.format(stage), 2) for stage in range(len(depths))]
     window = _flat_window(tables[0][0]) if entry.name == "aim_swin" else _SWIN_WINDOW
@@ -297,24 +300,22 @@ def _read_swin(entry: Format, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Sw
 
 def _read_adapters(entry: Format, shapes: Mapping[str, tuple[int, ...]], geometry: Geometry) -> dict[str, Any]:
     """Which adapters stand in which blocks, how wide they are, and the scale that was published with them."""
-    spatial, temporal, joint = (
-        ("S_Adapter2", "T_Adapter", "S_Adapter") if isinstance(geometry, SwinGeometry) else
-        ("S_Adapter", "T_Adapter", "MLP_Adapter")
-    )  # fmt: skip
-    parts = dict(zip((spatial, temporal, joint), ADAPTERS, strict=True))
-    standing: dict[str, set[int]] = {name: set() for name in (*parts, "T_Adapter_in")}
+    of_swin = isinstance(geometry, SwinGeometry)
+    names = ("S_Adapter2", "T_Adapter", "S_Adapter") if of_swin else ("S_Adapter", "T_Adapter", "MLP_Adapter")
+    parts = dict(zip(names, ADAPTERS, strict=True))
+    standing: dict[str, set[int]] = {name: set() for name in (*names, "T_Adapter_in")}
     ratios = set()
-    for number, rest in _blocks(shapes, geometry):
-        name = rest.partition(".")[0]
-        if name in standing:
-            standing[name].add(number)
-        if name in standing and rest == f"{name}.D_fc1.weight":
-            ratios.add(_ratio(entry, shapes, number, name, geometry))
+    for number, name in _blocks(shapes, geometry):
+        adapter, _, rest = re.sub(r".*?blocks\.\d+\.", "", name, count=1).partition(".")
+        if adapter in standing:
+            standing[adapter].add(number)
+            if rest == "D_fc1.weight":
+                ratios.add(_ratio(*_shape(entry, shapes, name, 2)))
     present = [name for name in parts if standing[name]]
     adapted = set().union(*(standing[name] for name in present)) if present else set()
     for name in present:
         wanted = adapted
-        if isinstance(geometry, SwinGeometry) and name == temporal:
+        if isinstance(geometry, SwinGeometry) and name == "T_Adapter":
             wanted = adapted & _unshifted(geometry)
         if lacking := sorted(wanted - standing[name]):
             raise ValueError(f"block {lacking[0]} has no {name} and other blocks have one; adapted blocks are alike")
@@ -332,15 +333,8 @@ def _read_adapters(entry: Format, shapes: Mapping[str, tuple[int, ...]], geometr
     }
 
 
-def _ratio(
-    entry: Format, shapes: Mapping[str, tuple[int, ...]], number: int, adapter: str, geometry: Geometry
-) -> float:
-    """Bottleneck / width of a block's adapter, so that int(width · ratio) is the bottleneck again."""
-    found = next(
-        name for name in shapes
-        if name.endswith(f".{adapter}.D_fc1.weight") and _block_number(name, geometry) == number
-    )  # fmt: skip
-    hidden, width = _shape(entry, shapes, found, 2)
+def _ratio(hidden: int, width: int) -> float:
+    """The ratio of which int(width · ratio) is `hidden` again."""
     ratio = hidden / width
     while int(width * ratio) < hidden:
         ratio *= 1 + 2**-52
@@ -358,17 +352,15 @@ def _temporal_window(entry: Format, shapes: Mapping[str, tuple[int, ...]]) -> in
 
 
 def _blocks(shapes: Iterable[str], geometry: Geometry | None = None) -> list[tuple[int, str]]:
-    """Number of the block, counted through all stages, and the rest of the name, of every tensor in one."""
-    found = ((_block_number(name, geometry), name) for name in shapes)
-    return [(number, re.sub(r".*?blocks\.\d+\.", "", name, count=1)) for number, name in found if number is not None]
-
-
-def _block_number(name: str, geometry: Geometry | None) -> int | None:
-    if isinstance(geometry, SwinGeometry):
-        match = re.match(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.", name)
-        return sum(geometry.depths[: int(match[1])]) + int(match[2]) if match else None
-    match = re.match(r"backbone\.transformer\.resblocks\.(\d+)\.", name)
-    return int(match[1]) if match else None
+    """Number of the block, counted through all stages, and name, of every tensor in one."""
+    found = []
+    for name in shapes:
+        if isinstance(geometry, SwinGeometry):
+            if match := re.match(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.", name):
+                found.append((sum(geometry.depths[: int(match[1])]) + int(match[2]), name))
+        elif match := re.match(r"backbone\.transformer\.resblocks\.(\d+)\.", name):
+            found.append((int(match[1]), name))
+    return found
 
 
 def _unshifted(geometry: SwinGeometry) -> set[int]:

@@ -21,14 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from model.geometry import ImageTower, ViTGeometry
-from model.timm_models import clip_names, differs_from_vit, quiet, read_geometry
+from model.timm_models import FILE_ENDINGS, clip_names, differs_from_vit, quiet, read_geometry
 
 TINY_CLIP = "tiny-clip"
 TINY_CLIP_TAG = "shapes"
 TINY_CLIP_FOLDER = Path(__file__).parent / "tiny_clip"
 RANDOM_WEIGHTS = "none"
 OPENAI_TAG = "openai"
-FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 EXAMPLES = "ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 and their -quickgelu variants"
 
 
@@ -54,6 +53,8 @@ def load_image_tower(name: str, pretrained: str, *, text_tower: bool = False) ->
             a tower that is not a plain CLIP ViT.
     """
     geometry = _geometry(name, pretrained)
+    if text_tower and "hf_model_name" in _known_config(name)["text_cfg"]:
+        raise _foreign_text_tower(name)
     if pretrained == RANDOM_WEIGHTS and not text_tower:
         return ImageTower(geometry, {})
     model = load_clip(name, pretrained)
@@ -200,10 +201,14 @@ def _text_blocks(name: str, model: nn.Module) -> dict[str, Tensor]:
     state = {key.removeprefix("text."): value for key, value in model.state_dict().items()}
     blocks = {key: value for key, value in state.items() if key.startswith("transformer.resblocks.")}
     if not blocks:
-        raise ValueError(
-            f'model.temporal_weights = "text": the text tower of {name} is not CLIP\'s; choose a CLIP model, or "reuse"'
-        )
+        raise _foreign_text_tower(name)
     return blocks
+
+
+def _foreign_text_tower(name: str) -> ValueError:
+    return ValueError(
+        f'model.temporal_weights = "text": the text tower of {name} is not CLIP\'s; choose a CLIP model, or "reuse"'
+    )
 
 
 def _geometry(name: str, pretrained: str) -> ViTGeometry:

@@ -1,7 +1,7 @@
 """The door to timm: ImageNet's plain ViTs with a class token, CLIP's under timm's names, and Swin.
 
 The only file that imports timm. Of timm it takes the structure of a model, built without memory for its weights, and
-the list of published weights; these are read as safetensors only, and handed on under CLIP's names (a ViT) or the
+the list of published weights; these are fetched as safetensors only, and handed on under CLIP's names (a ViT) or the
 official ones (Swin).
 """
 
@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.geometry import Geometry, ImageTower, SwinGeometry, ViTGeometry
 
 RANDOM_WEIGHTS = "none"
+FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 EXAMPLES = "vit_base_patch16_224, vit_large_patch16_224, swin_base_patch4_window7_224"
 CLIP_NAMES = {
     "cls_token": "class_embedding",
@@ -56,20 +55,23 @@ def load_image_tower(name: str, pretrained: str) -> ImageTower:
 
     Args:
         name: a plain ViT with a class token or a Swin (`vit_base_patch16_224`, `swin_base_patch4_window7_224`, …).
-        pretrained: a weight tag of that model (`orig_in21k`, …; needs a network the first time), the path of a
-            `.safetensors` file under timm's or the official names, or `none` for random weights.
+        pretrained: a weight tag of that model (`orig_in21k`, …; needs a network the first time), the path of a weight
+            file (`.safetensors`, or a plain state dict in `.pt`, `.pth` or `.bin`) under timm's or the official names,
+            or `none` for random weights.
 
     Raises:
         ValueError: unknown tag, weights that cannot be had or do not fit, or a structure that no method here can adapt.
     """
     import timm
 
-    is_tag = pretrained != RANDOM_WEIGHTS and not pretrained.endswith(".safetensors")
+    is_tag = pretrained != RANDOM_WEIGHTS and not pretrained.endswith(FILE_ENDINGS)
     config = _tag_config(name, pretrained) if is_tag else timm.models.get_pretrained_cfg(name)
     model = _structure(name)
     geometry = read_geometry(name, model, tuple(config.mean), tuple(config.std))
     if pretrained == RANDOM_WEIGHTS:
         return ImageTower(geometry, {})
+    if is_tag and isinstance(geometry, ViTGeometry):
+        _require_trained_activation(name, pretrained, config, geometry.quick_gelu)
     state = _read(_downloaded(name, pretrained, config) if is_tag else Path(pretrained))
     rename = clip_names if isinstance(geometry, ViTGeometry) else official_swin_names
     return ImageTower(geometry, _fitting(state, model.state_dict(), rename, f"weights {pretrained!r} of {name}"))
@@ -233,7 +235,7 @@ def _square(name: str, model: Any) -> int:
 
 
 def _tag_config(name: str, tag: str) -> Any:
-    """timm's record of a weight tag; ValueError for an unknown tag, or one made with another activation."""
+    """timm's record of a weight tag; ValueError for an unknown tag."""
     import timm
 
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
@@ -242,11 +244,16 @@ def _tag_config(name: str, tag: str) -> Any:
             f"model {name} has no weights {tag!r}; allowed: {', '.join(tags) or 'no tag'}, a .safetensors file, or "
             f"{RANDOM_WEIGHTS!r} for random weights"
         )
-    config = timm.models.get_pretrained_cfg(f"{name}.{tag}")
-    if "natively QuickGELU" in " ".join(config.notes or ()):
-        right = name.replace("_clip_", "_clip_quickgelu_")
-        raise ValueError(f"weights {tag!r} of {name} were trained with QuickGELU: use model.name = {right!r}")
-    return config
+    return timm.models.get_pretrained_cfg(f"{name}.{tag}")
+
+
+def _require_trained_activation(name: str, tag: str, config: Any, quick_gelu: bool) -> None:
+    """timm has CLIP's models in both forms and lets any weights load into either; its notes tell which is right."""
+    trained_with_quick_gelu = "natively QuickGELU" in " ".join(config.notes or ())
+    if trained_with_quick_gelu != quick_gelu:
+        right = name.replace("_quickgelu", "") if quick_gelu else name.replace("_clip_", "_clip_quickgelu_")
+        activation = "QuickGELU" if trained_with_quick_gelu else "erf GELU"
+        raise ValueError(f"weights {tag!r} of {name} were trained with {activation}: use model.name = {right!r}")
 
 
 def _downloaded(name: str, tag: str, config: Any) -> Path:
@@ -265,11 +272,13 @@ def _downloaded(name: str, tag: str, config: Any) -> Path:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
+    from model.checkpoints import read_tensors  # here, for it stands on the methods and they on this module
+
     if not path.is_file():
         raise ValueError(f"no such weight file: {path}")
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
+        return read_tensors(path)[0]
+    except OSError as error:
         raise ValueError(f"cannot load weights {path}: {error}") from error
 
 

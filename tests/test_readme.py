@@ -17,11 +17,12 @@ import pytest
 from tests.videos import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = ("README.md", "pipelines/README.md")
+READMES = ("README.md", "pipelines/README.md", "model/README.md")
 
 NOT_RUN = {
     "make demo": "its quick version is run by tests/tools/test_run_demo.py",
     "python tools/bench_pipeline.py": "tests/tools/test_bench_pipeline.py runs it with fewer, shorter clips",
+    "python tools/run_ablation.py ladder positions ratio --seeds 0,1,2": "tests/tools/test_run_ablation.py runs two rows",
     "make test": "is what runs this test",
     "make setup": "ran before this test could",
     "source .venv/bin/activate": "the tests already run inside that environment",
@@ -82,4 +83,5 @@ def test_every_documented_command_works(tmp_path: Path) -> None:
             shlex.split(whole), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, f"$ {whole}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    assert (tmp_path / "attention.png").is_file() and (tmp_path / "runs/my_videos/test/metrics.json").is_file()
     assert (tmp_path / "clips.png").is_file() and (tmp_path / "runs/my_videos/metrics.jsonl").is_file()

@@ -41,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def dense_clips(num: int, clip_len: int, interval: int, clips: int) -> list[object]:
-    """Source frames [clips][clip_len] of the test clips of a video of `num` frames (Kinetics)."""
+    """Source frames [clips · clip_len] of the test clips of a video of `num` frames (Kinetics), clip after clip, as the
+    official `SampleFrames` lists them."""
     options = ClipOptions(num_frames=clip_len, interval=interval, test_clips=clips)
-    return [eval_frames(num, options, clip).tolist() for clip in range(clips)]
+    return [frame for clip in range(clips) for frame in eval_frames(num, options, clip).tolist()]
 
 
 def uniform_clip(num: int, clip_len: int) -> list[object]:
@@ -76,7 +77,7 @@ def parity_rate(recipe: str, iters_per_epoch: int, at: int) -> float:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
-    dense = kinds.add_parser("dense", help="source frames of every test clip, num_frames frames an interval apart")
+    dense = kinds.add_parser("dense", help="source frames of the test clips, one after another")
     uniform = kinds.add_parser("uniform", help="source frames of the test clip, one from each of equal segments")
     for parser_of in (dense, uniform):
         parser_of.add_argument("--frames", type=_positive, required=True, metavar="N", help="frames of the video")

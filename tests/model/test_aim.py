@@ -35,29 +35,6 @@ B16 = replace(CLIP, width=768, layers=12, heads=12, image_size=224)
 L14 = replace(CLIP, width=1024, layers=24, heads=16, image_size=224, patch_size=14)
 IMAGENET_B16 = replace(IMAGENET, width=768, layers=12, heads=12, image_size=224)
 GEOMETRIES = {"clip": CLIP, "imagenet": IMAGENET}
-TRAPS = {  # of section 18 of the specification: the test that covers one, or why it cannot be fallen into
-    1: "test_a_block_is_the_published_one",
-    2: "test_temporal_embedding_comes_before_ln_pre_on_every_token",
-    3: "test_a_block_is_the_published_one",
-    4: "test_a_block_is_the_published_one",
-    5: "test_a_block_is_the_published_one",
-    6: "test_head_takes_the_mean_of_normed_class_tokens",
-    7: "test_a_block_is_the_published_one",
-    8: "test_clips_of_a_batch_do_not_meet",
-    9: "test_head_takes_the_mean_of_normed_class_tokens",
-    12: "test_optimizer_groups_follow_the_longest_key",
-    17: "test_wrong_number_of_frames_is_named",
-    18: "tests/model/test_official.py::test_wrappers_are_taken_off",
-    19: "test_what_trains_is_the_published_rule",
-    20: "test_finetuned_trains_everything",
-    21: "tests/model/test_video.py::test_every_weight_must_find_its_place",
-    22: "tests/model/test_backbone.py::test_normalisations_are_the_published_ones",
-    24: "impossible by construction: labels never reach the model, which returns logits for any batch, 1 included",
-    27: "test_only_what_trains_gets_gradients",
-    32: "tests/model/test_timesformer.py::test_the_form_with_one_class_token_is_plain_attention_of_torch",
-    34: "tests/model/test_open_clip_models.py::test_every_tag_of_the_wrong_activation_is_refused",
-    35: "test_only_what_trains_gets_gradients",
-}
 
 
 def options(**changes: object) -> AIMOptions:
@@ -590,12 +567,3 @@ def test_options_that_cannot_be(name: str, value: object, text: str) -> None:
     with pytest.raises(ValueError) as error:
         options(**{name: value})
     assert text in str(error.value) and "\n" not in str(error.value)
-
-
-def test_the_trap_list_names_tests_that_exist() -> None:
-    here = Path(__file__).relative_to(ROOT)
-    for number, answer in TRAPS.items():
-        if not answer.startswith("impossible by construction: "):
-            path, _, test = answer.rpartition("::")
-            tree = ast.parse((ROOT / (path or here)).read_text())
-            assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (number, answer)

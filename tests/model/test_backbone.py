@@ -79,3 +79,5 @@ def test_only_clip_has_a_text_tower() -> None:
     assert load_image_tower("tiny-clip", "shapes").text_state is None
     with pytest.raises(ValueError, match="needs a text tower, and vit_base_patch16_224 has none"):
         load_image_tower("vit_base_patch16_224", "none", text_tower=True)
+    with pytest.raises(ValueError, match="the text tower of roberta-ViT-B-32 is not CLIP's"):
+        load_image_tower("roberta-ViT-B-32", "none", text_tower=True)

@@ -196,6 +196,10 @@ def test_swin_that_cannot_be_is_named() -> None:
         read(shapes | {table: (500, 1)})
     with pytest.raises(ValueError, match="of stage 0"):
         read({key: shape for key, shape in shapes.items() if "layers.0" not in key})
+    with pytest.raises(ValueError, match=r"no tensor of stage 2 \(layers\.2"):
+        read(shapes | {"backbone.layers.999999999.blocks.0.norm1.weight": (32,)})
+    with pytest.raises(ValueError, match="has 1000000000 blocks"):
+        read(shapes | {"backbone.layers.1.blocks.999999999.norm1.weight": (32,)})
     with pytest.raises(ValueError, match="5 axes are needed"):
         read(shapes | {"backbone.patch_embed.proj.weight": (32, 3, 4, 4)})
 

@@ -60,6 +60,22 @@ def test_clip_under_timms_names(name: str, quick_gelu: bool) -> None:
     assert geometry.quick_gelu == quick_gelu and geometry.mean[0] == 0.48145466
 
 
+def test_every_tag_of_the_wrong_activation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no other: what is asked of the hub then is told by an error of this test's own."""
+
+    def offline(**_: str) -> str:
+        raise OSError("asked the hub")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    for name in ("vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224"):
+        other = name.replace("_quickgelu", "") if "quickgelu" in name else name.replace("_224", "_quickgelu_224")
+        for tag in (full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")):
+            quick = tag in ("openai", "metaclip_400m", "metaclip_2pt5b")
+            right = quick == ("quickgelu" in name)
+            with pytest.raises(ValueError, match="asked the hub" if right else f"use model.name = '{other}'"):
+                load_image_tower(name, tag)
+
+
 def test_a_vits_names_are_exactly_those_of_our_backbone() -> None:
     for name in ("vit_base_patch16_224", "vit_base_patch16_clip_quickgelu_224"):
         tower = load_image_tower(name, "none")
@@ -78,16 +94,18 @@ def test_a_swins_stages_end_with_their_downsampling() -> None:
     assert official_swin_names(official) == official
 
 
-@pytest.mark.parametrize("layout", ["timm", "official"])
+@pytest.mark.parametrize("layout", ["timm", "official", "official .pth"])
 def test_swin_weights_from_a_file_of_either_layout(layout: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     state = timm.create_model("swin_tiny_patch4_window7_224", pretrained=False).state_dict()
-    if layout == "official":
+    path = tmp_path / ("swin.pth" if layout.endswith(".pth") else "swin.safetensors")
+    if layout.startswith("official"):
         constructed = {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49), "head.weight": torch.zeros(1000, 768)}
-        save_file({**official_swin_names(state), **constructed}, tmp_path / "swin.safetensors")
+        state_dict = {**official_swin_names(state), **constructed}
+        torch.save({"model": state_dict}, path) if path.suffix == ".pth" else save_file(state_dict, path)
     else:
-        save_file(state, tmp_path / "swin.safetensors")
-    tower = load_image_tower("swin_tiny_patch4_window7_224", str(tmp_path / "swin.safetensors"))
+        save_file(state, path)
+    tower = load_image_tower("swin_tiny_patch4_window7_224", str(path))
     expected = official_swin_names(state)
     assert tower.state_dict.keys() == expected.keys()
     assert all(torch.equal(tower.state_dict[key], value) for key, value in expected.items())
@@ -198,5 +216,15 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ):
             load_image_tower("vit_tiny_patch16_224", str(path))
     path.write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match=r"cannot load weights .*vit\.safetensors"):
+    with pytest.raises(ValueError, match=r"vit\.safetensors is no weight file"):
         load_image_tower("vit_tiny_patch16_224", str(path))
+
+
+def test_a_program_among_weights_is_not_opened(tmp_path: Path) -> None:
+    """Neither pickled objects nor TorchScript."""
+    torch.save({"model": Path("x")}, tmp_path / "objects.pth")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pt")
+    for name, text in (("objects.pth", "pickled Python objects"), ("script.pt", "TorchScript archive")):
+        with pytest.raises(ValueError, match=text) as error:
+            load_image_tower("vit_tiny_patch16_224", str(tmp_path / name))
+        assert "\n" not in str(error.value)
