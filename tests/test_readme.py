@@ -22,7 +22,7 @@ READMES = ("README.md", "pipelines/README.md", "model/README.md")
 NOT_RUN = {
     "make demo": "its quick version is run by tests/tools/test_run_demo.py",
     "python tools/bench_pipeline.py": "tests/tools/test_bench_pipeline.py runs it with fewer, shorter clips",
-    "python tools/run_ablation.py ladder positions ratio --seeds 0,1,2": "tests/tools/test_run_ablation.py runs two rows",
+    "python tools/run_ablation.py ladder positions ratio --seeds 0,1,2": "test_run_ablation.py runs two rows",
     "make test": "is what runs this test",
     "make setup": "ran before this test could",
     "source .venv/bin/activate": "the tests already run inside that environment",
