@@ -8,6 +8,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_configure() -> None:
+    """Beside others a test process computes on one thread: more would wait for each other on the same cores."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip a `gpu` test where there is no CUDA; fail it on a machine that must have one."""
     if item.get_closest_marker("gpu") is None:

@@ -6,14 +6,13 @@ SMALLER get further arguments that shrink them; nothing else is changed.
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.shell import shell_environment
 from tests.videos import write_video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +73,7 @@ def test_every_documented_command_works(tmp_path: Path) -> None:
         folder = tmp_path / "videos" / ("jump" if i % 2 else "run")
         folder.mkdir(parents=True, exist_ok=True)
         write_video(folder / f"{i}.mp4", 20 + i)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = shell_environment()
     for command in everything():
         if command in NOT_RUN:
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.sets import make_set
+from tests.shell import shell_environment
 from tools import run_demo
 from tools.run_ablation import (
     MARKER,
@@ -52,7 +52,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "tools/run_ablation.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = shell_environment(OMP_NUM_THREADS="1")
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.shell import shell_environment
 from tools.run_demo import LADDER, MARKER, prepare_folder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,10 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.mark.timeout(300)
 def test_quick_demo(tmp_path: Path) -> None:
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     out = tmp_path / "demo"
     command = [sys.executable, str(ROOT / "tools/run_demo.py"), "--quick", "--out", str(out)]
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=shell_environment(), cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["rungs"]) == list(LADDER) == ["frozen", "spatial", "temporal", "joint"]

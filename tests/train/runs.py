@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+from tests.shell import shell_environment
 from train.main import main
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = str(ROOT / "train" / "main.py")
 FP32 = "ds.torch_autocast.enabled=false"
-LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def arguments(packed: Path, out: Path, *settings: str) -> list[str]:
@@ -44,10 +43,9 @@ def run_here(packed: Path, out: Path, *settings: str, resume: bool = False) -> N
 
 def start(*command: str, **environment: str) -> subprocess.Popen[str]:
     """A program with the environment of a shell, whatever this process has joined."""
-    env = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
-    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env = shell_environment(**environment)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=ROOT, env=env | environment, text=True, **pipes)  # type: ignore[call-overload]
+    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes)  # type: ignore[call-overload]
 
 
 def launch(processes: int, packed: Path, out: Path, *settings: str) -> subprocess.Popen[str]:
