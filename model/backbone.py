@@ -9,7 +9,6 @@ import difflib
 from model import open_clip_models, timm_models
 from model.geometry import ImageTower
 
-RANDOM_WEIGHTS = "none"
 EXAMPLES = ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "tiny-clip", "vit_base_patch16_224")
 NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
     "aim_clip": ((122.769 / 255, 116.74 / 255, 104.04 / 255), (68.493 / 255, 66.63 / 255, 70.321 / 255)),

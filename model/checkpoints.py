@@ -15,10 +15,7 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +31,7 @@ from model import official
 from model.methods import METHODS, describe, from_description
 from model.official import FORMATS, Format
 from model.video import VideoModel
+from model.weight_files import read_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +39,6 @@ FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
 DOCUMENT = "model.json"
 SOURCES = ("auto", *sorted({entry.family for entry in FORMATS.values()} | set(FORMATS)))
-_WRAPPERS = ("state_dict", "model_state", "model")  # mmaction; facebookresearch; Swin
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_JSON_BYTES = 16 * 2**20
 _TIME_AXES = {"temporal_embedding": 1, "temporal_position_bias_table": 0}  # which axis of a parameter is time
@@ -227,85 +224,6 @@ def require_free(out: Path, *, folder: bool) -> None:
     empty = folder and out.is_dir() and not out.is_symlink() and not any(out.iterdir())
     if not empty and (out.exists() or out.is_symlink()):
         raise ValueError(f"{out} is there already; remove it, or give another name")
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """Every tensor of a weight file by its key, and what stood beside them: name and reason.
-
-    Nothing in the file is executed. Raises ValueError: not whole, not a weight file, or one that only a program could
-    read (pickled Python objects, a TorchScript archive), with what to do then; OSError if it cannot be opened.
-    """
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[8:9] == b"{":  # after the length of the header, which may look like anything
-        try:
-            return load_file(path), []
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole .safetensors file: {error}") from error
-    if start[:2] == b"PK":
-        _refuse_program(path)
-    elif start[:1] != b"\x80":
-        raise ValueError(f"{path} is no weight file: neither .safetensors nor PyTorch (.pth, .pt, .bin)")
-    document = _load_plain(path)
-    return _unwrapped(path, document)
-
-
-def _refuse_program(path: Path) -> None:
-    """ValueError for a damaged zip archive, or for one that holds a program besides its weights."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"{path} is not a whole PyTorch file: {error}") from error
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
-        raise ValueError(
-            f"{path} is a TorchScript archive, a program and not only weights, and is not opened; where it is trusted: "
-            "safetensors.torch.save_file(torch.jit.load(IN, map_location='cpu').state_dict(), 'weights.safetensors'), "
-            "then convert that file"
-        )
-
-
-def _load_plain(path: Path) -> Any:
-    """What a PyTorch file holds, if those are tensors and plain values."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch finds odd about a damaged file: the error says it
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or hostile pickle makes torch raise any kind
-        text = " ".join(str(error).split())
-        if "Weights only load failed" in text:
-            found = re.search(r"GLOBAL (\S+)|instruction (\S+)|type (\S+)", text)
-            what = f" ({(found[1] or found[2] or found[3])[:80]})" if found else ""
-            raise ValueError(
-                f"{path} holds pickled Python objects{what}, which could run a program, and is not opened; on a "
-                "machine where it is trusted, save its tensors with safetensors.torch.save_file and convert that file"
-            ) from error
-        raise ValueError(f"{path} is not a whole PyTorch file: {text[:200]}") from error
-
-
-def _unwrapped(path: Path, document: Any) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """The state dict in what a training program saved, and the entries beside it."""
-    beside: list[tuple[str, str]] = []
-    if isinstance(document, Mapping):
-        wrapper = next((name for name in _WRAPPERS if isinstance(document.get(name), Mapping)), None)
-        if wrapper is not None:
-            reason = "state of the training program, not weights"
-            beside = [(str(name), reason) for name in document if name != wrapper]
-            document = document[wrapper]
-    if not isinstance(document, Mapping) or not document:
-        what = "an empty table" if isinstance(document, Mapping) else type(document).__name__
-        raise ValueError(f"{path} holds no state dict, but {what}; names and tensors are needed")
-    file_bytes = path.stat().st_size
-    for key, value in document.items():
-        if not isinstance(key, str):
-            raise ValueError(f"{path}: the key {str(key)[:80]!r} is no name")
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
-            raise ValueError(f"{path}: {key[:80]} is no plain tensor, but {type(value).__name__}")
-        if value.numel() * value.element_size() > file_bytes:
-            raise ValueError(f"{path}: {key[:80]} claims the shape {list(value.shape)}, more than the file holds")
-    return dict(document), beside
 
 
 def _float32(name: str, tensor: Tensor) -> Tensor:

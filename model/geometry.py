@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+RANDOM_WEIGHTS = "none"
+"""`model.pretrained` of an image model without pretrained weights."""
+
 
 @dataclass(frozen=True)
 class ViTGeometry:

@@ -20,13 +20,12 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from model.geometry import ImageTower, ViTGeometry
+from model.geometry import RANDOM_WEIGHTS, ImageTower, ViTGeometry
 from model.timm_models import FILE_ENDINGS, clip_names, differs_from_vit, quiet, read_geometry
 
 TINY_CLIP = "tiny-clip"
 TINY_CLIP_TAG = "shapes"
 TINY_CLIP_FOLDER = Path(__file__).parent / "tiny_clip"
-RANDOM_WEIGHTS = "none"
 OPENAI_TAG = "openai"
 EXAMPLES = "ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 and their -quickgelu variants"
 

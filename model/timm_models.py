@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.geometry import Geometry, ImageTower, SwinGeometry, ViTGeometry
+from model.geometry import RANDOM_WEIGHTS, Geometry, ImageTower, SwinGeometry, ViTGeometry
+from model.weight_files import read_tensors
 
-RANDOM_WEIGHTS = "none"
 FILE_ENDINGS = (".safetensors", ".pt", ".pth", ".bin")
 EXAMPLES = "vit_base_patch16_224, vit_large_patch16_224, swin_base_patch4_window7_224"
 CLIP_NAMES = {
@@ -272,8 +272,6 @@ def _downloaded(name: str, tag: str, config: Any) -> Path:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    from model.checkpoints import read_tensors  # here, for it stands on the methods and they on this module
-
     if not path.is_file():
         raise ValueError(f"no such weight file: {path}")
     try:

@@ -178,15 +178,6 @@ def remove_leftover(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes what was renamed in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _open_locked(folder: Path) -> BinaryIO:
     """The journal's file, made where there is none."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,9 @@ import numpy as np
 
 from pipelines.annotations import SPLITS, Listing, Video
 from pipelines.encode import FrameChoice, check_quality, encode_video, library_versions
-from pipelines.journal import FinishedShard, Journal, Packed, Reject, remove_leftover, sync_folder
+from pipelines.journal import FinishedShard, Journal, Packed, Reject, remove_leftover
 from pipelines.processes import Lost, map_isolated
-from pipelines.shards import PROFILES, EncodedVideo, ShardInfo, ShardWriter, write_durably, write_manifest
+from pipelines.shards import PROFILES, EncodedVideo, ShardInfo, ShardWriter, sync_folder, write_durably, write_manifest
 from pipelines.video import VideoError
 
 _Result = tuple[EncodedVideo, int] | Reject  # what a worker makes of a video; the number is its source's bytes

@@ -38,9 +38,9 @@ if not __package__:
 
 from tqdm import tqdm
 
-from model.backbone import RANDOM_WEIGHTS, load_image_tower
+from model.backbone import load_image_tower
 from model.flops import Cost, WithoutData, count_cost
-from model.geometry import ImageTower, SwinGeometry
+from model.geometry import RANDOM_WEIGHTS, ImageTower, SwinGeometry
 from model.methods import METHODS, create
 from model.parameters import count_parameters
 from pipelines.cli import run_cli

@@ -23,6 +23,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from pipelines.shards import sync_folder
 from train.config import Batch, Config
 
 FORMAT_VERSION = 1
@@ -100,7 +101,7 @@ def save_checkpoint(
         part.mkdir()
         _write(part / "state.safetensors", data)
         _write(part / "state.json", (json.dumps(document, indent=1) + "\n").encode())
-        _sync_folder(part)
+        sync_folder(part)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         raise OSError(
@@ -109,7 +110,7 @@ def save_checkpoint(
     if final.exists():
         shutil.rmtree(final)
     part.rename(final)
-    _sync_folder(out)
+    sync_folder(out)
     for old in _checkpoints(out)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -203,11 +204,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

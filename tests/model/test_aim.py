@@ -22,7 +22,6 @@ from model.video import VideoModel
 from tests.towers import CLIP, IMAGENET, tower
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT.parent / "shared" / "golden"
 LADDER: dict[str, tuple[str, ...]] = {
     "frozen": (),
     "spatial": ("spatial",),
