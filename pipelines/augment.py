@@ -80,6 +80,9 @@ def operations() -> Mapping[str, Operation]:
         "contrast": lambda frames, amount, _: F.adjust_contrast(frames, amount),
         "saturation": lambda frames, amount, _: F.adjust_saturation(frames, amount),
         "hue": lambda frames, amount, _: F.adjust_hue(frames, amount),
+        "red": lambda frames, levels, _: _raise_channel(frames, 0, levels),
+        "green": lambda frames, levels, _: _raise_channel(frames, 1, levels),
+        "blue": lambda frames, levels, _: _raise_channel(frames, 2, levels),
         "sharpness": lambda frames, amount, _: F.adjust_sharpness(frames, amount),
         "grayscale": lambda frames, _, __: F.rgb_to_grayscale(frames, num_output_channels=3),
         "autocontrast": lambda frames, _, __: F.autocontrast(frames),
@@ -93,6 +96,13 @@ def operations() -> Mapping[str, Operation]:
         "translate_x": lambda frames, share, fill: _move(frames, fill, translate=(share, 0.0)),
         "translate_y": lambda frames, share, fill: _move(frames, fill, translate=(0.0, share)),
     }
+
+
+def _raise_channel(frames: Tensor, channel: int, levels: float) -> Tensor:
+    """Adds to one colour of all frames, to the nearest level."""
+    raised = frames.clone()
+    raised[:, channel] = (frames[:, channel].float() + levels).round_().clamp_(0, 255).to(torch.uint8)
+    return raised
 
 
 def _move(

@@ -29,6 +29,14 @@ from pipelines.shards import Sample
 SAMPLINGS = ("dense", "uniform")
 CROPS = (1, 3)
 COLOUR_JITTER = ("brightness", "contrast", "saturation", "hue")
+CHANNELS = ("red", "green", "blue")
+LIGHTING = (
+    (-0.5675 * 55.46, 0.7192 * 4.794, 0.4009 * 1.148),
+    (-0.5808 * 55.46, -0.0045 * 4.794, -0.8140 * 1.148),
+    (-0.5836 * 55.46, -0.6948 * 4.794, 0.4203 * 1.148),
+)
+"""Levels by which red, green and blue rise with each principal component of ImageNet's colours (MMAction's `ColorJitter`:
+its eigenvectors times its eigenvalues)."""
 RAND_AUGMENT_SCALE = 30.0
 """The magnitude m at which an operation of RandAugment is at its strongest."""
 RAND_AUGMENT: dict[str, Callable[[float, int], float] | None] = {
@@ -78,6 +86,9 @@ class ClipOptions:
     share of the circle uniform in -s..s; in random order (torchvision's ColorJitter)."""
     grayscale: float = 0.0
     """Probability that a training clip loses its colours."""
+    lighting: float = 0.0
+    """Deviation of the noise along the principal components of ImageNet's colours that a training clip is lit with, the
+    same on all its frames (AlexNet's; 0.1 is what the official ColorJitter of the L/14 recipes does by default)."""
     rand_augment: tuple[float, ...] = ()
     """[n, m] or [n, m, mstd]: n operations a training clip, drawn with replacement from `RAND_AUGMENT`, at magnitude m
     of 30, or drawn about m with deviation mstd; [4, 7] is published for Something-Something V2. Empty: none. The scale
@@ -118,6 +129,7 @@ class ClipOptions:
             ("flip", 0 <= self.flip <= 1, probability),
             ("color_jitter", all(0 <= s <= 1 for s in jitter) and jitter[3] <= 0.5, "0 to 1 each, of hue 0 to 0.5"),
             ("grayscale", 0 <= self.grayscale <= 1, probability),
+            ("lighting", 0 <= self.lighting <= 10, "0 (off) to 10"),
             (
                 "rand_augment",
                 _is_rand_augment(magnitude),
@@ -326,7 +338,8 @@ def plan_clip(sample: Sample, turn: Turn, seed: int, options: ClipOptions) -> Cl
         frames = train_frames(random, sample.source_frames, options)
         box = _random_box(random, sample.width, sample.height, options)
         flip = bool(random.random() < options.flip)
-        ops = (*_colour_ops(seed, turn, options), *_rand_augment_ops(seed, turn, options))
+        colour = (*_colour_ops(seed, turn, options), *_lighting_ops(seed, turn, options))
+        ops = (*colour, *_rand_augment_ops(seed, turn, options))
         erase = _erased_region(seed, turn, options)
     stored = _nearest(sample.frames.source_frame, frames)
     return ClipPlan(sample.sample_id, turn.epoch, tuple(frames.tolist()), tuple(stored.tolist()), box, flip, ops, erase)
@@ -459,6 +472,14 @@ def _colour_ops(seed: int, turn: Turn, options: ClipOptions) -> list[FrameOp]:
     if drawn[4] < options.grayscale:
         ops.append(FrameOp("grayscale", 0.0))
     return ops
+
+
+def _lighting_ops(seed: int, turn: Turn, options: ClipOptions) -> list[FrameOp]:
+    """Levels by which each channel rises."""
+    if not options.lighting:
+        return []
+    noise = _stream(seed, "lighting", turn.epoch, turn.sample_id).normal(0.0, options.lighting, 3)
+    return [FrameOp(name, rise) for name, rise in zip(CHANNELS, (np.asarray(LIGHTING) @ noise).tolist(), strict=True)]
 
 
 def _is_rand_augment(value: tuple[float, ...]) -> bool:

@@ -14,7 +14,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from pipelines.augment import CLIP_MEAN, augment_clips, mix_clips, operations
-from pipelines.plan import RAND_AUGMENT, ClipOptions, ClipPlan, FrameOp, MixPlan, Turn, plan_clip, plan_mix
+from pipelines.plan import (
+    CHANNELS,
+    COLOUR_JITTER,
+    RAND_AUGMENT,
+    ClipOptions,
+    ClipPlan,
+    FrameOp,
+    MixPlan,
+    Turn,
+    plan_clip,
+    plan_mix,
+)
 from tests.pipelines.test_plan import make_sample
 
 SIZE = 40
@@ -83,11 +94,23 @@ def back_turn(degrees: float) -> NDArray[np.float64]:
     return np.asarray([[cos, sin, 0], [-sin, cos, 0]])
 
 
+def raised(channel: int) -> Callable[[Frame, float], Frame]:
+    def add(frame: Frame, levels: float) -> Frame:
+        added = frame.astype(float)
+        added[..., channel] += levels
+        return np.clip(np.round(added), 0, 255).astype(np.uint8)
+
+    return add
+
+
 # name: amounts, what it must be (one frame, amount), greatest difference in levels
 REFERENCES: dict[str, tuple[tuple[float, ...], Callable[[Frame, float], Frame], int]] = {
     "brightness": ((0.3, 1.0, 1.7), enhanced(ImageEnhance.Brightness), 1),
     "contrast": ((0.3, 1.7), enhanced(ImageEnhance.Contrast), 2),  # PIL rounds the mean first
     "saturation": ((0.0, 0.4, 1.9), enhanced(ImageEnhance.Color), 2),
+    "red": ((-70.0, 3.4), raised(0), 0),
+    "green": ((-3.4, 90.0), raised(1), 0),
+    "blue": ((-0.6, 300.0), raised(2), 0),
     "sharpness": ((0.1, 1.9), enhanced(ImageEnhance.Sharpness), 2),
     "hue": ((-0.3, 0.05, 0.5), turned_hue, 1),
     "grayscale": ((0.0,), changed(lambda image: image.convert("L").convert("RGB")), 1),
@@ -105,7 +128,7 @@ REFERENCES: dict[str, tuple[tuple[float, ...], Callable[[Frame, float], Frame], 
 
 
 def test_every_operation_of_the_plan_is_there_and_has_a_reference() -> None:
-    planned = {*RAND_AUGMENT, "brightness", "contrast", "saturation", "hue", "grayscale"} - {"identity"}
+    planned = {*RAND_AUGMENT, *COLOUR_JITTER, "grayscale", *CHANNELS} - {"identity"}
     assert set(operations()) == set(REFERENCES) == planned
 
 

@@ -240,6 +240,18 @@ def test_colours_change_as_much_as_asked_in_any_order() -> None:
     assert {op.name for ops in drawn for op in ops} == {"brightness", "saturation", "hue", "grayscale"}
 
 
+def test_lighting_follows_the_colours_of_imagenet() -> None:
+    """MMAction's `ColorJitter`: noise of that deviation in every component, mixed into the channels."""
+    drawn = np.asarray([[op.amount for op in plan.ops] for plan in plans_of(ClipOptions(lighting=0.1))])
+    assert {tuple(op.name for op in plan.ops) for plan in plans_of(ClipOptions(lighting=0.1), 5)} == {plans.CHANNELS}
+    vectors = np.asarray([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
+    noise = drawn @ np.linalg.inv(vectors * [55.46, 4.794, 1.148]).T
+    assert np.abs(noise.mean(0)).max() < 0.015 and np.abs(noise.std(0) - 0.1).max() < 0.01
+    assert np.abs(np.corrcoef(noise.T) - np.eye(3)).max() < 0.15
+    alone = plans_of(replace(AUGMENTED, lighting=0.1), 5)
+    assert [plan.ops[4:7] for plan in alone] == [plan.ops for plan in plans_of(ClipOptions(lighting=0.1), 5)]
+
+
 def test_rand_augment_draws_its_operations_evenly_at_the_asked_magnitude() -> None:
     drawn = [plan.ops for plan in plans_of(ClipOptions(rand_augment=(4, 15)))]
     counts = Counter(op.name for ops in drawn for op in ops)

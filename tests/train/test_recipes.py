@@ -148,6 +148,7 @@ def test_settings_are_the_published_ones(name: str) -> None:
     assert row.interval is None or data.interval == row.interval
     assert (optimizer.lr, optimizer.backbone_lr, optimizer.weight_decay) == row.lr
     assert {key: getattr(model.options, key) for key in row.options} == row.options
+    assert data.lighting == (0.1 if name.startswith("aim_l14_k400") else 0.0)
     assert data.mix_prob * max(data.mixup_alpha, data.cutmix_alpha) == 0 and not any(data.color_jitter)
     assert data.fraction == 1 and config.schedule.warmup_epochs == 2.5
     assert config.deepspeed["train_batch_size"] == 64 and config.deepspeed["gradient_clipping"] == 0
