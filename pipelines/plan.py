@@ -35,8 +35,8 @@ LIGHTING = (
     (-0.5808 * 55.46, -0.0045 * 4.794, -0.8140 * 1.148),
     (-0.5836 * 55.46, -0.6948 * 4.794, 0.4203 * 1.148),
 )
-"""Levels by which red, green and blue rise with each principal component of ImageNet's colours (MMAction's `ColorJitter`:
-its eigenvectors times its eigenvalues)."""
+"""Levels by which red, green and blue rise with each principal component of ImageNet's colours: the eigenvectors times
+the eigenvalues of MMAction's `ColorJitter`."""
 RAND_AUGMENT_SCALE = 30.0
 """The magnitude m at which an operation of RandAugment is at its strongest."""
 RAND_AUGMENT: dict[str, Callable[[float, int], float] | None] = {
