@@ -45,9 +45,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Te
     return out.transpose(1, 2)
 
 
-def attention_backend(device: torch.device) -> str:
-    """What computes attention on `device`: for the log."""
-    return "xformers" if device.type == "cuda" and _xformers_ops() is not None else "PyTorch SDPA"
+def attention_backend(device: torch.device, *, biased: bool) -> str:
+    """What computes attention, with a bias or without, on `device`: for the log."""
+    by_xformers = not biased and device.type == "cuda" and _xformers_ops() is not None
+    return "xformers" if by_xformers else "PyTorch SDPA"
 
 
 @cache

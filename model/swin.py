@@ -67,6 +67,7 @@ class AIMSwin(VideoModel):
     Without a head it returns [B, D, T, H, W] of the last stage. Raises ValueError for options that AIM on Swin has not.
     """
 
+    biased_attention = True
     trained_names = ("temporal_embedding", "ln_post", "cls_head", "Adapter")  # official tools/train.py
     undecayed_names = ("absolute_pos_embed", "relative_position_bias_table", "norm")
 
@@ -103,6 +104,7 @@ class AIMSwin(VideoModel):
 class VideoSwin(VideoModel):
     """Video Swin; arguments as for `AIMSwin`."""
 
+    biased_attention = True
     undecayed_names = AIMSwin.undecayed_names
 
     def __init__(self, tower: ImageTower, num_classes: int | None, num_frames: int, options: VideoSwinOptions) -> None:

@@ -34,6 +34,8 @@ class VideoModel(nn.Module):
     """A parameter trains if its name contains one of these (a rule of the official code); None: all train."""
     undecayed_names: ClassVar[tuple[str, ...]] = ()
     """A parameter is not decayed if its name contains one of these."""
+    biased_attention: ClassVar[bool] = False
+    """Whether its attention adds a bias."""
     backbone: nn.Module
     pixel_mean: Tensor
     pixel_std: Tensor

@@ -188,7 +188,8 @@ def _opening(job: Job) -> str:
     )
     lines.append(_learning(job))
     decoding = describe_decoding(job.shards, world.device, job.loader_options()["workers"])
-    lines.append(f"decoding by {decoding}; attention by {attention_backend(world.device)}")
+    attention = attention_backend(world.device, biased=job.model.biased_attention)
+    lines.append(f"decoding by {decoding}; attention by {attention}")
     if batch.total > job.shards.num_kept:
         lines.append(
             f"a step of {batch.total} clips is more than the {job.shards.num_kept} samples: they repeat within it, and "
