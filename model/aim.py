@@ -63,6 +63,8 @@ class AIMOptions:
         unknown = [name for name in self.adapters if name not in ADAPTERS]
         if unknown:
             raise ValueError(f"model.adapters: {unknown[0]!r} is none of {', '.join(ADAPTERS)}")
+        if len(set(self.adapters)) < len(self.adapters):
+            raise ValueError(f"model.adapters = {list(self.adapters)}; each may be named once")
         if self.temporal_adapters not in (1, 2):
             raise ValueError(f"model.temporal_adapters = {self.temporal_adapters}; allowed are 1 and 2")
         if not 0 < self.adapter_ratio <= 4:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
+import torch
+
 from model import open_clip_models, timm_models
 from model.geometry import ImageTower
 
@@ -45,6 +47,9 @@ def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", tex
         tower = timm_models.load_image_tower(name, pretrained)
     else:
         tower = open_clip_models.load_image_tower(name, pretrained, text_tower=text_tower)
+    for key, tensor in tower.state_dict.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"weights {pretrained!r} of {name}: {key} holds NaN or an infinite number; get them anew")
     if mean_std is None:
         return tower
     mean, std = mean_std

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from model.geometry import RANDOM_WEIGHTS, ImageTower, ViTGeometry
 from model.timm_models import FILE_ENDINGS, clip_names, differs_from_vit, quiet, read_geometry
+from model.weight_files import read_tensors
 
 TINY_CLIP = "tiny-clip"
 TINY_CLIP_TAG = "shapes"
@@ -71,8 +72,11 @@ def load_clip(name: str, pretrained: str) -> nn.Module:
 
     source = _weight_source(name, pretrained)
     archive = None
-    if source is not None and _is_torchscript(Path(source)):
-        archive, source = _openai_archive(name, Path(source)), None
+    is_file = pretrained.endswith(FILE_ENDINGS)
+    if is_file and _is_torchscript(Path(pretrained)):
+        archive, source = _openai_archive(name, Path(pretrained)), None
+    elif is_file:
+        read_tensors(Path(pretrained))  # it says better what is wrong with a file than open_clip does
     try:
         with quiet():
             model = open_clip.create_model(name, pretrained=source, precision="fp32", weights_only=True).eval()
@@ -83,6 +87,8 @@ def load_clip(name: str, pretrained: str) -> nn.Module:
         if source is None and archive is None:
             raise
         reason = " ".join(str(error).split())[:200]
+        if is_file:
+            raise ValueError(f"cannot load weights {pretrained!r} of {name}: {reason}") from error
         raise ValueError(
             f"cannot load weights {pretrained!r} of {name}: {reason}. A tag needs a network the first time; without "
             f"one give a local .safetensors file, or the shipped model name={TINY_CLIP!r} pretrained={TINY_CLIP_TAG!r}"

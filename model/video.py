@@ -114,6 +114,8 @@ class VideoModel(nn.Module):
         `masks` as `random_masks` says, None for evaluation. A model without a head returns what the published
         backbone returns: [B, D, T, …], or [B, D] where that has pooled by itself.
         """
+        if clips.dtype != torch.uint8 and not clips.is_floating_point():
+            raise ValueError(f"clips of {clips.dtype}; allowed are frames of torch.uint8, or normalised floating point")
         prepared = self.prepare(clips) if clips.dtype == torch.uint8 else clips
         return self.classify(prepared, masks)
 

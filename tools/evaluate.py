@@ -51,6 +51,7 @@ from train.metrics import metrics_text
 from train.start import PACKAGES
 from train.trained import Trained, open_trained
 
+METRICS = "metrics.json"
 MOST_LABELLED = 400
 """Classes whose names still stand beside the picture; cells of more would make it larger than people open."""
 LOSS_DIGITS = 5
@@ -159,11 +160,13 @@ def _alone() -> World:
 
 
 def _failure_of_making(folder: Path) -> OSError | None:
-    """Makes the folder, before hours of work rather than after; what failed, if anything."""
+    """Makes the folder, before hours of work rather than after; what is wrong, if anything."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return error
+        return OSError(f"--out {folder}: no folder can be made there ({error.strerror})")
+    if any(folder.iterdir()) and not (folder / METRICS).exists():
+        return FileExistsError(f"--out {folder} holds other files than an earlier evaluation's: give another folder")
     return None
 
 
@@ -190,7 +193,7 @@ def write_report(out: Path, result: Evaluation, shards: ShardSet, settings: dict
     metrics = result.metrics()
     metrics["loss"] = round(metrics["loss"], LOSS_DIGITS)
     plain = {name: None if math.isnan(value) else value for name, value in metrics.items()}
-    write_durably(out / "metrics.json", (json.dumps(plain | settings, indent=1, ensure_ascii=False) + "\n").encode())
+    write_durably(out / METRICS, (json.dumps(plain | settings, indent=1, ensure_ascii=False) + "\n").encode())
     write_durably(out / "per_class.csv", as_csv(per_class(result, shards.classes)))
     result.save(out / "predictions.npz", shards)
     if not result.multi_label:

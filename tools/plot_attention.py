@@ -45,6 +45,8 @@ _PICTURES_A_FRAME = 15  # of the mp4, which has 30 a second
 def main(argv: Sequence[str] | None = None) -> None:
     """One drawing. Raises ValueError or OSError for what a user can mend."""
     arguments = parse_arguments(argv)
+    if not arguments.video.is_file():
+        raise FileNotFoundError(f"no such video file: {arguments.video}")
     trained = open_trained(arguments.checkpoint, arguments.set)
     frozen = frozen_model(trained)
     size = trained.model.geometry.image_size
@@ -104,7 +106,10 @@ def read_clip(video: Path, options: ClipOptions, size: int) -> tuple[NDArray[np.
 
     Raises ValueError or OSError where it cannot be decoded.
     """
-    stored = copy_video(video)
+    try:
+        stored = copy_video(video)
+    except ValueError as error:
+        raise ValueError(f"{video}: {error}") from error
     sample = Sample(
         sample_id=0,
         key=video.stem,

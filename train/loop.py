@@ -162,7 +162,7 @@ def _require_finite(loss: float, step: int, lr: float) -> None:
     if not math.isfinite(loss):
         raise ValueError(
             f"the loss is {loss} at step {step} (learning rate {lr:.2e}): lower optimizer.lr, lengthen "
-            "schedule.warmup_epochs or set ds.gradient_clipping=1.0; the last checkpoint is from before"
+            "schedule.warmup_epochs or set ds.gradient_clipping=1.0; nothing of this step was saved"
         )
 
 

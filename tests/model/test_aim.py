@@ -528,6 +528,7 @@ def test_a_text_tower_of_another_width_is_refused() -> None:
     ("name", "value", "text"),
     [
         ("adapters", ("spatial", "time"), "model.adapters: 'time' is none of spatial, temporal, joint"),
+        ("adapters", ("joint", "joint"), "model.adapters = ['joint', 'joint']; each may be named once"),
         ("temporal_adapters", 3, "model.temporal_adapters = 3; allowed are 1 and 2"),
         ("adapter_ratio", 0.0, "model.adapter_ratio = 0.0; allowed is 0 < ratio <= 4"),
         ("adapter_scale", -1.0, "model.adapter_scale = -1.0"),

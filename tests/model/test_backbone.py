@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from safetensors.torch import save_file
 
 from model.backbone import NORMALISATIONS, image_size, load_image_tower
 from model.geometry import SwinGeometry, ViTGeometry
+from model.open_clip_models import load_clip
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,16 @@ def test_normalisations_are_the_published_ones() -> None:
 def test_an_unknown_normalisation_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.normalisation = 'clip'; allowed is aim_clip, imagenet, half"):
         load_image_tower("tiny-clip", "none", normalisation="clip")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
+    weights = load_clip("tiny-clip", "shapes").state_dict()
+    weights["visual.ln_pre.weight"][3] = float("nan")
+    save_file(weights, tmp_path / "own.safetensors")
+    with pytest.raises(
+        ValueError, match=r"own.safetensors' of tiny-clip: ln_pre.weight holds NaN"
+    ):
+        load_image_tower("tiny-clip", str(tmp_path / "own.safetensors"))
 
 
 def test_only_clip_has_a_text_tower() -> None:

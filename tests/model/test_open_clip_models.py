@@ -136,7 +136,7 @@ def test_every_tag_of_the_wrong_activation_is_refused() -> None:
 def test_a_file_that_is_no_weight_file(ending: str, tmp_path: Path) -> None:
     bad = tmp_path / f"bad{ending}"
     bad.write_bytes(b"\x80\x04nonsense")
-    with pytest.raises(ValueError, match="cannot load weights") as error:
+    with pytest.raises(ValueError, match=r"is not a whole|holds pickled Python objects|is no weight file") as error:
         load_image_tower("tiny-clip", str(bad))
     assert "\n" not in str(error.value)
 
@@ -154,10 +154,10 @@ class Trap:
 def test_a_pickle_is_not_run(tmp_path: Path) -> None:
     touched, path = tmp_path / "touched", tmp_path / "trap.pt"
     path.write_bytes(pickle.dumps(Trap(touched), protocol=2))
-    with pytest.raises(ValueError, match="cannot load weights"):
+    with pytest.raises(ValueError, match=r"is not a whole|holds pickled Python objects|is no weight file"):
         load_image_tower("tiny-clip", str(path))
     torch.save({"weight": Trap(touched)}, path)
-    with pytest.raises(ValueError, match="cannot load weights"):
+    with pytest.raises(ValueError, match=r"is not a whole|holds pickled Python objects|is no weight file"):
         load_image_tower("tiny-clip", str(path))
     assert not touched.exists()
 

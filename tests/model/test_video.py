@@ -87,6 +87,11 @@ def test_clips_of_another_shape_are_named(clips: Tensor, text: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_whole_numbers_other_than_bytes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torch.int64; allowed are frames of torch.uint8"):
+        Probe()(torch.zeros(1, 4, 64, 64, 3, dtype=torch.int64))
+
+
 def test_frozen_weights_are_stored_in_the_compute_dtype() -> None:
     model = Probe(trained=("cls_head",))
     model.set_compute_dtype(torch.bfloat16)

@@ -193,7 +193,8 @@ def test_a_converted_checkpoint_is_evaluated_as_the_run_it_was(
         (["{run}", "--set", "model.pretrained=laion"], "tiny-clip"),
         (["{run}", "--set", "train.seed=5"], "are not those that .* was trained on"),
         (["{run}", "--set", "data.intervall=3"], "did you mean data.interval"),
-        (["{run}", "--out", "{tmp}/file/out"], "Not a directory"),
+        (["{run}", "--out", "{tmp}/file/out"], "--out .*: no folder can be made there"),
+        (["{run}", "--out", "{run}"], "holds other files than an earlier evaluation's"),
         (["{tmp}/empty"], "empty"),
     ],
 )

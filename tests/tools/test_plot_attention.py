@@ -139,8 +139,8 @@ def test_overlay_is_hot_where_attention_is() -> None:
     ("arguments", "message"),
     [
         (["{run}", "{video}", "--block", "9"], "block 9: the model has"),
-        (["{run}", "{tmp}/none.mp4"], "No such file"),
-        (["{run}", "{run}/state.json"], "unreadable"),
+        (["{run}", "{tmp}/none.mp4"], "no such video file: {tmp}/none.mp4"),
+        (["{run}", "{run}/state.json"], "{run}/state.json: unreadable"),
         (["{tmp}", "{video}"], "{tmp}"),
     ],
 )
