@@ -81,9 +81,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     weights = load_clip("tiny-clip", "shapes").state_dict()
     weights["visual.ln_pre.weight"][3] = float("nan")
     save_file(weights, tmp_path / "own.safetensors")
-    with pytest.raises(
-        ValueError, match=r"own.safetensors' of tiny-clip: ln_pre.weight holds NaN"
-    ):
+    with pytest.raises(ValueError, match=r"own.safetensors' of tiny-clip: ln_pre.weight holds NaN"):
         load_image_tower("tiny-clip", str(tmp_path / "own.safetensors"))
 
 
