@@ -1,7 +1,8 @@
 """Published checkpoints: read with nothing executed, every tensor checked, kept as a folder that says what it holds.
 
     FOLDER/model.safetensors   every parameter in float32, under our names
-    FOLDER/model.json          what the model is, which format it came from, what was dropped, checksum of the tensors
+    FOLDER/model.json          what the model is, which format it came from, what was dropped, checksum of the tensors;
+                               of a training run also its classes and how its clips are cut
 
 `convert` reads a published file, `write_folder` writes such a folder, `load` makes the model from it, `write_official`
 goes the way back. tools/convert_checkpoint.py is the program around them.
@@ -28,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import official
-from model.methods import METHODS, describe, from_description
+from model.methods import describe, from_description
 from model.official import FORMATS, Format
 from model.video import VideoModel
 from model.weight_files import read_tensors
@@ -41,12 +42,20 @@ DOCUMENT = "model.json"
 SOURCES = ("auto", *sorted({entry.family for entry in FORMATS.values()} | set(FORMATS)))
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_JSON_BYTES = 16 * 2**20
+_SAMPLINGS = ("dense", "uniform")  # as `pipelines.plan` has them
+_MOST_INTERVAL = 1024
 _TIME_AXES = {"temporal_embedding": 1, "temporal_position_bias_table": 0}  # which axis of a parameter is time
+_SHORT_NAMES = {"scale": "adapter_scale"}  # of settings
+_OF_A_RUN = ("classes", "sampling", "interval")  # fields of Converted that only a run has
 # What the tensors show: a setting of that name could only contradict them.
 _SHOWN_OPTIONS = ("adapters", "positions", "temporal_adapters", "temporal_weights", "adapter_ratio", "temporal_window")
 _SHOWN_GEOMETRY = {
     "vit": ("width", "layers", "patch_size", "image_size", "ln_pre", "patch_bias", "mlp_width"),
     "swin": ("width", "depths", "heads", "window", "patch_size"),
+}
+_WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
+    ".safetensors": save_file,
+    ".pth": lambda tensors, path: torch.save({"state_dict": tensors}, path),
 }
 
 
@@ -66,6 +75,11 @@ class Converted:
     """Buffers that the file lacks: they keep the values that they are constructed with."""
     assumed: dict[str, Any] = field(default_factory=dict)
     """What no tensor shows: setting of `load` → the value it has."""
+    classes: tuple[str, ...] | None = None
+    """Names of the classes; None where they are not known, as of a published file."""
+    sampling: str | None = None
+    interval: int | None = None
+    """How clips were cut in training (`pipelines.plan.ClipOptions`); None where that is not known."""
 
 
 def convert(path: Path, source: str = "auto") -> Converted:
@@ -113,7 +127,7 @@ def count(converted: Converted) -> tuple[int, int]:
 
 def write_folder(converted: Converted, out: Path) -> None:
     """Writes the folder `out`, whole or not at all; ValueError if it is taken, OSError if it cannot be written."""
-    require_free(out, folder=True)
+    require_place(out, folder=True)
     part = out.with_name(f".{out.name}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
     if part.exists():  # of a process that was killed while writing
@@ -129,6 +143,7 @@ def write_folder(converted: Converted, out: Path) -> None:
             "dropped": converted.dropped,
             "kept_buffers": converted.kept_buffers,
             "assumed": converted.assumed,
+            **{name: getattr(converted, name) for name in _OF_A_RUN if getattr(converted, name) is not None},
         }
         (part / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         for path in (part / TENSORS, part / DOCUMENT, part):
@@ -156,7 +171,7 @@ def read_folder(folder: Path) -> Converted:
         if tensor.dtype != torch.float32:
             raise ValueError(f"{path} is none of ours: {name} is of {tensor.dtype}; convert the checkpoint again")
         _require_finite(f"{path}: {name}", tensor)
-    return Converted(document["model"], tensors, str(document.get("source", "")))
+    return Converted(document["model"], tensors, str(document.get("source", "")), **_read_training(folder, document))
 
 
 def load(folder: str | Path, **settings: Any) -> VideoModel:
@@ -171,11 +186,25 @@ def load(folder: str | Path, **settings: Any) -> VideoModel:
         quick_gelu, heads, mean, std, drop_path, …
     Raises ValueError for a setting that there is not or that a tensor contradicts, and for a damaged folder.
     """
-    folder = Path(folder)
-    stored = read_folder(folder)
-    description = _with_settings(stored.description, settings)
+    return model_of(with_settings(read_folder(Path(folder)), settings))
+
+
+def model_of(converted: Converted) -> VideoModel:
+    """The model of a checked description and the tensors that fit it, as `load` returns it."""
+    with torch.random.fork_rng(devices=[]):  # the initialisation, soon overwritten, draws from it
+        model = from_description(converted.description)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(converted.tensors[name])  # a tensor of a file may be a view of it on the disk
+    return model.eval()
+
+
+def with_settings(converted: Converted, settings: Mapping[str, Any]) -> Converted:
+    """The same with settings of `load`, which are no longer assumed then; ValueError for what there is not, or what a
+    tensor contradicts."""
+    description = _described_with(converted.description, settings)
     shapes = {name: tuple(parameter.shape) for name, parameter in _blueprint(description).named_parameters()}
-    tensors = _over_time(stored.tensors, shapes)
+    tensors = _over_time(converted.tensors, shapes)
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
         wrong = next(
             name for name in sorted({*shapes, *tensors})
@@ -183,34 +212,43 @@ def load(folder: str | Path, **settings: Any) -> VideoModel:
         )  # fmt: skip
         there = list(tensors[wrong].shape) if wrong in tensors else "missing"
         raise ValueError(
-            f"{folder / TENSORS} does not fit {DOCUMENT} and the settings: {wrong} is {there}, and "
+            f"the tensors do not fit {DOCUMENT} and the settings: {wrong} is {there}, and "
             f"{list(shapes[wrong]) if wrong in shapes else 'no such tensor'} is needed"
         )
-    with torch.random.fork_rng(devices=[]):  # the initialisation, soon overwritten, draws from it
-        model = from_description(description)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(tensors[name])  # a tensor of the file may be a view of it on the disk
-    return model.eval()
+    known = {_SHORT_NAMES.get(name, name) for name in settings}
+    assumed = {name: value for name, value in converted.assumed.items() if name not in known}
+    return dataclasses.replace(converted, description=description, tensors=tensors, assumed=assumed)
+
+
+def lost_settings(converted: Converted) -> dict[str, Any]:
+    """What official names do not keep: setting of `load` → the value here, where `convert` would assume another.
+
+    Raises ValueError where `convert` could not read the official names of this model at all.
+    """
+    entry = official.format_of(converted.description)
+    again = _blueprint(official.read_settings(entry, converted.tensors).description)
+    _require_fit(entry, {name: tuple(tensor.shape) for name, tensor in converted.tensors.items()}, again)
+    ours, theirs = (_settable(describe(model)) for model in (_blueprint(converted.description), again))
+    return {name: value for name, value in ours.items() if name in theirs and theirs[name] != value}
+
+
+def official_format(converted: Converted, target: str) -> Format:
+    """The model's own format, if that or its family is `target`; ValueError if not, or where no format holds it."""
+    entry = official.format_of(converted.description)
+    if target not in (entry.name, entry.family):
+        raise ValueError(f"the model is published in the format {entry.name}, not {target}: say --to {entry.family}")
+    return entry
 
 
 def write_official(converted: Converted, out: Path, target: str) -> Format:
     """Writes the tensors under the published names of the model's own format: `.safetensors`, or `.pth` under
     'state_dict'. `target`: that format or its family. Raises ValueError where there is none or `out` is there."""
-    entry = official.format_of(converted.description)
-    if target not in (entry.name, entry.family):
-        raise ValueError(f"the model is published in the format {entry.name}, not {target}: say --to {entry.family}")
-    write: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
-        ".safetensors": save_file,
-        ".pth": lambda tensors, path: torch.save({"state_dict": tensors}, path),
-    }
-    if out.suffix not in write:
-        raise ValueError(f"{out}: the name of the file must end in {' or '.join(write)}")
-    require_free(out, folder=False)
+    require_place(out, folder=False)
+    entry = official_format(converted, target)
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f".{out.name}.part")
     try:
-        write[out.suffix](official.official_tensors(entry, converted.tensors), part)
+        _WRITERS[out.suffix](official.official_tensors(entry, converted.tensors), part)
         _sync(part)
         part.rename(out)
     finally:
@@ -219,8 +257,16 @@ def write_official(converted: Converted, out: Path, target: str) -> Format:
     return entry
 
 
-def require_free(out: Path, *, folder: bool) -> None:
-    """ValueError if there is something at `out`, an empty folder excepted where one is written: nothing is lost."""
+def require_place(out: Path, *, folder: bool) -> None:
+    """ValueError unless a folder, or a file of official names, can be made at `out`.
+
+    What is there stays, an empty folder excepted where one is written: nothing is lost.
+    """
+    if not folder and out.suffix not in _WRITERS:
+        raise ValueError(f"{out}: the name of the file must end in {' or '.join(_WRITERS)}")
+    above = next((parent for parent in out.parents if parent.exists()), None)
+    if above is not None and not above.is_dir():
+        raise ValueError(f"{out} cannot be made, for {above} is a file; give a name in a folder")
     empty = folder and out.is_dir() and not out.is_symlink() and not any(out.iterdir())
     if not empty and (out.exists() or out.is_symlink()):
         raise ValueError(f"{out} is there already; remove it, or give another name")
@@ -276,10 +322,7 @@ def _computed_buffers(model: VideoModel) -> list[str]:
 def _read_document(folder: Path) -> dict[str, Any]:
     path = folder / DOCUMENT
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is no converted checkpoint: it has no {DOCUMENT}; make one by python "
-            f"tools/convert_checkpoint.py IN {folder}"
-        )
+        raise (NotADirectoryError if folder.is_file() else FileNotFoundError)(_not_converted(folder))
     if path.stat().st_size > _MOST_JSON_BYTES:
         raise ValueError(f"{path} is larger than {_MOST_JSON_BYTES} bytes; it is none of ours")
     try:
@@ -295,27 +338,60 @@ def _read_document(folder: Path) -> dict[str, Any]:
     return dict(document)
 
 
-def _with_settings(description: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The description with what the caller of `load` knows better."""
-    kept = describe(_blueprint(description))  # complete, and checked
-    options = [f.name for f in dataclasses.fields(METHODS[kept["method"]].options) if f.name not in _SHOWN_OPTIONS]
-    geometry = [name for name in kept["geometry"] if name not in _SHOWN_GEOMETRY[kept["backbone"]]]
-    given = dict(settings)
-    if "scale" in given and "adapter_scale" in options:
-        if "adapter_scale" in given:
-            raise ValueError("scale and adapter_scale are two names of one setting; give one of them")
-        given["adapter_scale"] = given.pop("scale")
+def _not_converted(path: Path) -> str:
+    """What is wrong with a path where there should be a converted checkpoint, and what to do."""
+    convert_it = f"python tools/convert_checkpoint.py {path} NEW"
+    if path.is_file():
+        return f"{path} is a file; convert it to a folder of another name: {convert_it}"
+    if (path / "state.json").is_file() or any(path.glob("checkpoint-*/state.json")):
+        return f"{path} is of a training run, not converted; convert it: {convert_it}"
+    return (
+        f"{path} is no converted checkpoint: a folder with {DOCUMENT} and {TENSORS} is expected, which "
+        "tools/convert_checkpoint.py makes of a checkpoint file or a run"
+    )
+
+
+def _read_training(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What model.json says of a run's training, checked; folders of published files do not have it."""
+    found = {name: document[name] for name in _OF_A_RUN if name in document}
+    classes, count = found.get("classes", []), document["model"].get("num_classes")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        wrong = f"classes = {classes!r:.80}; allowed is a list of names"
+    elif "classes" in found and len(classes) != count:
+        wrong = f"classes has {len(classes)} names; num_classes = {count!r:.80} are needed"
+    elif "sampling" in found and found["sampling"] not in _SAMPLINGS:
+        wrong = f"sampling = {found['sampling']!r:.80}; allowed is {' or '.join(_SAMPLINGS)}"
+    elif "interval" in found and (type(found["interval"]) is not int or not 1 <= found["interval"] <= _MOST_INTERVAL):
+        wrong = f"interval = {found['interval']!r:.80}; allowed is 1 to {_MOST_INTERVAL}"
+    else:
+        return found | ({"classes": tuple(classes)} if "classes" in found else {})
+    raise ValueError(f"{folder / DOCUMENT}: {wrong}; convert the checkpoint again")
+
+
+def _settable(description: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of `load` and their values in a complete description."""
+    hidden = (*_SHOWN_OPTIONS, *_SHOWN_GEOMETRY[description["backbone"]])
+    every = {"num_frames": description["num_frames"], **description["options"], **description["geometry"]}
+    return {name: value for name, value in every.items() if name not in hidden}
+
+
+def _described_with(description: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The description with what the caller of `load` knows better, complete and checked."""
+    kept = describe(_blueprint(description))
+    known = list(_settable(kept))
+    given = {}
+    for name, value in settings.items():
+        full = _SHORT_NAMES.get(name, name)
+        if full not in known:
+            shown = [also for long in known for also in (*(s for s in _SHORT_NAMES if _SHORT_NAMES[s] == long), long)]
+            raise ValueError(f"unknown setting {name!r}; of this model can be set: {', '.join(shown)}")
+        if full in given:
+            raise ValueError(f"{name} and {full} are two names of one setting; give one of them")
+        given[full] = value
     for name, value in given.items():
-        if name == "num_frames":
-            kept["num_frames"] = value
-        elif name in options:
-            kept["options"][name] = value
-        elif name in geometry:
-            kept["geometry"][name] = value
-        else:
-            allowed = ["num_frames", *(["scale"] if "adapter_scale" in options else []), *options, *geometry]
-            raise ValueError(f"unknown setting {name!r}; of this model can be set: {', '.join(allowed)}")
-    return kept
+        section = next((kept[part] for part in ("options", "geometry") if name in kept[part]), kept)
+        section[name] = value
+    return describe(_blueprint(kept))
 
 
 def _over_time(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
@@ -333,6 +409,7 @@ def _over_time(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ..
             F.interpolate(flat, size=shape[axis], mode="linear", align_corners=axis == 0)
             .reshape(*rows.shape[:-1], shape[axis])
             .movedim(-1, axis)
+            .contiguous()
         )
         changed.append(f"{name} from {tensor.shape[axis]} to {shape[axis]} rows")
     if changed:

@@ -28,6 +28,7 @@ _MOST_FRAMES = 4096
 _MOST_LAYERS = 512
 
 _KINDS = {int: f"a whole number, 0 to {_MOST_INT}", float: "a number", bool: "true or false", str: "text"}
+_LISTED = {int: "whole numbers", float: "numbers", str: "texts"}
 
 Create = Callable[[ImageTower, int | None, int, Any], VideoModel]
 
@@ -157,7 +158,15 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
         return float(value)
     elif _is(value, int, 0, _MOST_INT) if hint is int else hint in (bool, str) and isinstance(value, hint):
         return value
-    raise ValueError(f"{name} = {_shown(value)}; allowed is {_KINDS.get(hint, hint)}")
+    raise ValueError(f"{name} = {_shown(value)}; allowed is {_allowed(hint)}")
+
+
+def _allowed(hint: Any) -> str:
+    """What an annotation stands for, in words."""
+    if get_origin(hint) is not tuple:
+        return _KINDS[hint]
+    kinds = get_args(hint)
+    return f"{f'up to {_MOST_LAYERS}' if kinds[-1] is Ellipsis else len(kinds)} {_LISTED[kinds[0]]}"
 
 
 def _require_sane(geometry: Geometry) -> None:

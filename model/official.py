@@ -323,6 +323,12 @@ def _read_adapters(entry: Format, shapes: Mapping[str, tuple[int, ...]], geometr
         raise ValueError(
             f"the adapters have different ratios of bottleneck to width ({sorted(ratios)}); one is allowed"
         )
+    embedding = f"{BACKBONE}.temporal_embedding"
+    if embedding in shapes and "T_Adapter" not in present:
+        raise ValueError(
+            f"{official_name(entry, embedding)} is there and no T_Adapter: a model without temporal adapters has no "
+            "temporal embedding; remove it, or give the file that has them"
+        )
     two = bool(standing["T_Adapter_in"])
     return {
         "adapters": tuple(parts[name] for name in present),
@@ -381,12 +387,14 @@ def _flat_window(rows: int) -> int | None:
 
 
 def _shape(entry: Format, shapes: Mapping[str, tuple[int, ...]], name: str, axes: int) -> tuple[int, ...]:
-    """A tensor's shape; ValueError if it is missing, has another number of axes, or is empty."""
+    """A tensor's shape; ValueError if it is missing, is empty, or has another number of axes."""
     theirs = official_name(entry, name)
     if name not in shapes:
         raise ValueError(f"there is no {theirs}, which every checkpoint of the format {entry.name} has")
     shape = shapes[name]
-    if len(shape) != axes or not all(shape):
+    if not all(shape):
+        raise ValueError(f"{theirs} has the shape {list(shape)}: an axis is empty; the file is none of a trained model")
+    if len(shape) != axes:
         raise ValueError(f"{theirs} has the shape {list(shape)}; {axes} axes are needed in the format {entry.name}")
     return shape
 

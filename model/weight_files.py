@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,11 @@ def _refuse_program(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole PyTorch file: {error}") from error
+    if damaged is not None:
+        raise ValueError(f"{path} is not a whole PyTorch file: {damaged[:120]} is damaged; get the file again")
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
         raise ValueError(
             f"{path} is a TorchScript archive, a program and not only weights, and is not opened; where it is trusted: "

@@ -1,24 +1,33 @@
 """Makes of a published checkpoint a folder that `model.load` and the other tools open, and the way back.
 
     python tools/convert_checkpoint.py vit_b_clip_8frame_k400.pth aim_b16
+    python tools/convert_checkpoint.py ssv2.pth aim_ssv2 --set mean=[0.5,0.5,0.5] --set std=[0.5,0.5,0.5]
     python tools/convert_checkpoint.py aim_b16 official.pth --to aim
 
 IN is a .safetensors or PyTorch file under the official names of AIM (CLIP, ImageNet-21k, Swin), TimeSformer or Video
 Swin; its format is recognised by those names, and every tensor must have its place. Frames, classes, adapters and sizes
 are read off the tensors. Nothing in the file is executed: pickled objects and TorchScript archives are refused.
 
-With --to, IN is such a folder, or a run of train/main.py (its folder or one of its checkpoints), and OUT a .safetensors
-or .pth file under the official names. A run without --to becomes a folder too, with its frozen weights in it.
+What no tensor shows has the published values; --set says others, and the folder keeps them. The settings are those of
+`model.load`: scale (or adapter_scale), num_frames, quick_gelu, heads, mean, std, …
 
-Then, in Python: `model.load("aim_b16")`, with what no tensor shows as settings: `model.load("aim_b16", scale=0.5)`.
+With --to, IN is such a folder, or a run of train/main.py (its folder or one of its checkpoints), and OUT a .safetensors
+or .pth file under the official names. A run without --to becomes a folder too, with its frozen weights in it, the names
+of its classes and how its clips are cut.
+
+Then, in Python: `model.load("aim_b16")`, with other settings for once: `model.load("aim_b16", scale=0.5)`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -27,22 +36,36 @@ from model import checkpoints
 from model.checkpoints import Converted
 from model.official import FORMATS
 from pipelines.cli import run_cli
+from train.resolve import parse_value
+from train.trained import open_trained
 
 _SHOWN = 3  # names of a list; the folder's model.json has all
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    checkpoints.require_free(arguments.out, folder=arguments.to is None)  # before minutes of reading
-    converted = open_source(arguments)
-    print(describe(converted))
+    checkpoints.require_place(arguments.out, folder=arguments.to is None)  # before minutes of reading
+    settings = parse_settings(arguments.set)
+    converted = checkpoints.with_settings(open_source(arguments), settings)
     if arguments.to is None:
+        print(describe(converted))
+        if settings:
+            print(f"as --set says: {settings_text(settings)}")
         checkpoints.write_folder(converted, arguments.out)
         print(f"{arguments.out}: written; open it with model.load({str(arguments.out)!r})")
-    else:
-        entry = checkpoints.write_official(converted, arguments.out, arguments.to)
-        print(f"{arguments.out}: {len(converted.tensors)} tensors under the names of {entry.name} ({entry.summary})")
-        print(f"not in it, for no tensor shows it: {settings_text(unshown(converted))}")
+        return
+    entry = checkpoints.official_format(converted, arguments.to)  # before anything is said
+    print(describe(converted))
+    checkpoints.write_official(converted, arguments.out, arguments.to)
+    print(f"{arguments.out}: {len(converted.tensors)} tensors under the names of {entry.name} ({entry.summary})")
+    print(f"not in it, for no tensor shows it: {settings_text(unshown(converted))}")
+    method = converted.description["method"]
+    if method != entry.method:
+        print(
+            f"official files do not hold the method: converted back, {method} becomes {entry.method} without adapters"
+        )
+    if way := way_back(converted, arguments.out):
+        print(way)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -65,10 +88,33 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="FAMILY",
         help=f"write official names instead of a folder: {', '.join(families)}",
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a setting of model.load that no tensor shows, such as adapter_scale=1.0 or mean=[0.5,0.5,0.5] (TOML); "
+        "may be repeated",
+    )
     arguments = parser.parse_args(argv)
+    if arguments.to and arguments.set:
+        parser.error("--set is kept in a folder, and official files have no place for it; leave it out with --to")
     if arguments.to and arguments.format != "auto":
         parser.error("--from is for reading published files, --to for writing them; give one of them")
     return arguments
+
+
+def parse_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """Every `--set NAME=VALUE`; ValueError for another form, or a name that is set twice."""
+    settings: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = (part.strip() for part in text.partition("="))
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--set {text}: the form is NAME=VALUE, such as adapter_scale=1.0")
+        if name in settings:
+            raise ValueError(f"--set {text}: {name} is set twice; give it once")
+        settings[name] = parse_value(value, text)
+    return settings
 
 
 def open_source(arguments: argparse.Namespace) -> Converted:
@@ -86,9 +132,11 @@ def open_source(arguments: argparse.Namespace) -> Converted:
         if not arguments.to:
             raise ValueError(f"{source} is converted already; --to aim writes the official names")
         return checkpoints.read_folder(source)
-    from train.trained import open_trained  # here: a published file needs nothing of training
-
-    return checkpoints.of_model(open_trained(source).model)
+    trained = open_trained(source)
+    data = trained.config.data
+    return dataclasses.replace(
+        checkpoints.of_model(trained.model), classes=trained.classes, sampling=data.sampling, interval=data.interval
+    )
 
 
 def describe(converted: Converted) -> str:
@@ -123,7 +171,21 @@ def unshown(converted: Converted) -> dict[str, object]:
     return {**found, "num_frames": model["num_frames"]}
 
 
-def settings_text(settings: dict[str, object]) -> str:
+def way_back(converted: Converted, out: Path) -> str:
+    """A line that says how the official file becomes the same model again; empty where it does by itself."""
+    try:
+        lost = checkpoints.lost_settings(converted)
+    except ValueError as error:
+        return f"it cannot be converted back, keep the folder: {error}"
+    if not lost:
+        return ""
+    command = ["python", "tools/convert_checkpoint.py", str(out), "NEW"]
+    for name, value in lost.items():
+        command += ["--set", f"{name}={json.dumps(value, separators=(',', ':'))}"]
+    return f"the way back, where other values would be assumed: {shlex.join(command)}"
+
+
+def settings_text(settings: dict[str, Any]) -> str:
     """Name and value of each."""
 
     def shown(value: object) -> str:

@@ -4,7 +4,7 @@
     deepspeed tools/evaluate.py runs/k400/checkpoint-008000 --shards SHARDS --views 3x3
 
 CHECKPOINT is a run's folder (its newest checkpoint), one of its checkpoints, or what tools/convert_checkpoint.py made.
-Clips are cut as in the run; of a converted checkpoint densely, 128 source frames a clip, unless --set data.sampling and
+Clips are cut as in the run; of a published checkpoint densely, 128 source frames a clip, unless --set data.sampling and
 data.interval say otherwise. The metrics are the same for any batch and any number of processes.
 
 Writes into OUT: metrics.json; per_class.csv; predictions.npz (keys, classes, logits, labels, valid); and, where a video
@@ -69,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"{arguments.checkpoint} names no set: add --shards FOLDER, made by tools/make_shards.py")
     shards = open_set(location, arguments.split or data.val_split or "val", cache=data.cache, window=1)
     trained.require_classes(tuple(shards.classes), f"{location}")
+    if trained.assumed and os.environ.get("RANK", "0") == "0":
+        print(trained.assumed, flush=True)
     bf16 = trained.config.bf16 if arguments.precision is None else arguments.precision == "bf16"
     precision, views = "bf16" if bf16 else "fp32", f"{options.test_clips}x{options.test_crops}"
     world = start_world() if "RANK" in os.environ else _alone()
@@ -125,7 +127,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, metavar="N", help="clips at once (default: as in training)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: evaluation-… beside the checkpoint")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="change one key of the run's recipe"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="change one key of the run's recipe; of a converted checkpoint data.…, ds.… and model.…",
     )
     precision = parser.add_mutually_exclusive_group()
     for name, what in (("bf16", "bfloat16"), ("fp32", "float32")):

@@ -79,7 +79,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("attention.png"), metavar="FILE", help="picture (PNG)")
     parser.add_argument("--mp4", type=Path, metavar="FILE", help="also write a video, the three side by side")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=C", help="change one key of the run's recipe"
+        "--set",
+        action="append",
+        default=[],
+        metavar="A.B=C",
+        help="change one key of the run's recipe; of a converted checkpoint data.…, ds.… and model.…",
     )
     arguments = parser.parse_args(argv)
     for option, suffix in (("out", ".png"), ("mp4", ".mp4")):

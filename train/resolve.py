@@ -117,7 +117,7 @@ def _override(
 ) -> None:
     """Puts each `--set` into the recipe's (section, key) → (value, where it was given), or the DeepSpeed document."""
     for override in overrides:
-        keys, value = _parse_override(override)
+        keys, value = parse_override(override)
         where = f"--set {override}"
         if keys[0] == "ds":
             _put(deepspeed, keys[1:], value, where)
@@ -377,20 +377,25 @@ def _no_duplicates(path: Path) -> Callable[[list[tuple[str, Any]]], dict[str, An
     return build
 
 
-def _parse_override(override: str) -> tuple[list[str], Any]:
+def parse_override(override: str) -> tuple[list[str], Any]:
     """`a.b=c` → (["a", "b"], c)."""
     name, equals, text = override.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
         raise ValueError(f"--set {override}: the form is section.key=value, such as optimizer.lr=1e-4")
+    return keys, parse_value(text, override)
+
+
+def parse_value(text: str, override: str) -> Any:
+    """The value of an `override` in TOML's syntax; a bare word is text."""
     if not text.strip():  # key="" after a shell has taken the quotes
-        return keys, ""
+        return ""
     try:
-        return keys, tomllib.loads(f"value = {text.strip()}")["value"]
+        return tomllib.loads(f"value = {text.strip()}")["value"]
     except tomllib.TOMLDecodeError as error:
         if text.strip()[0] in "[{\"'" or "\n" in text:
             raise ValueError(f"--set {override}: the value is not valid TOML ({error})") from error
-        return keys, text.strip()
+        return text.strip()
 
 
 def _put(document: dict[str, Any], keys: list[str], value: Any, where: str) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import model
+from model import checkpoints
 from model.video import VideoModel
 from train.build import backbone_checksum, build_model
 from train.checkpoint import load_weights, newest_checkpoint, read_checkpoint
 from train.config import Config
-from train.resolve import config_from_dict
+from train.resolve import config_from_dict, parse_override
 
 _SPAN = 128  # source frames that every published dense clip covers: 8 × 16, 16 × 8, 32 × 4
 _CONVERTED_BATCH = 8
@@ -24,7 +25,7 @@ class Trained:
     model: VideoModel
     """On the CPU, float32, in eval mode."""
     config: Config
-    """The run's; of a converted checkpoint the defaults, with its number of frames and the published interval."""
+    """The run's; of a converted checkpoint the defaults, with its number of frames and how its clips are cut."""
     folder: Path
     """Where reports about it go: the run's, or the converted checkpoint's."""
     step: int | None
@@ -33,6 +34,8 @@ class Trained:
     """Names of its classes; None where they were not stored."""
     micro_batch: int
     """Clips at once that it was trained with."""
+    assumed: str = ""
+    """What is not known of a converted checkpoint and was assumed, a sentence for the user; empty: nothing."""
 
     def before_training(self) -> VideoModel | None:
         """The model that the run started from; None where that is not known."""
@@ -63,13 +66,25 @@ class Trained:
 def open_trained(path: Path, overrides: Iterable[str] = ()) -> Trained:
     """Loads the newest checkpoint of a run's folder, a checkpoint by its own folder, or a converted one.
 
-    `overrides` change the configuration as `--set` does in training. Raises ValueError or OSError: nothing of the kind
-    there, damaged, or the frozen weights are not those that it was trained on.
+    `overrides` change the configuration as `--set` does in training; those of [model] are settings of `model.load` for
+    a converted checkpoint. Raises ValueError or OSError: nothing of the kind there, damaged, or the frozen weights are
+    not those that it was trained on.
     """
+    if path.is_file():
+        raise ValueError(
+            f"{path} is a file; convert it to a folder, then give that: python tools/convert_checkpoint.py {path} NEW"
+        )
     if not path.is_dir():
         raise FileNotFoundError(f"{path} is no folder; give a run, one of its checkpoints or a converted checkpoint")
     checkpoint = path if (path / "state.json").exists() else newest_checkpoint(path)
-    return _open_converted(path, overrides) if checkpoint is None else _open_checkpoint(checkpoint, overrides)
+    if checkpoint is not None:
+        return _open_checkpoint(checkpoint, overrides)
+    if (path / checkpoints.DOCUMENT).exists():
+        return _open_converted(path, overrides)
+    raise FileNotFoundError(
+        f"{path} is neither a run with a checkpoint (checkpoint-…), nor a checkpoint (state.json), nor a converted "
+        f"checkpoint ({checkpoints.DOCUMENT})"
+    )
 
 
 def _open_checkpoint(path: Path, overrides: Iterable[str]) -> Trained:
@@ -99,9 +114,37 @@ def _open_checkpoint(path: Path, overrides: Iterable[str]) -> Trained:
 
 
 def _open_converted(path: Path, overrides: Iterable[str]) -> Trained:
-    loaded = model.load(path)
-    frames = loaded.num_frames
-    data = {"num_frames": frames, "interval": max(1, _SPAN // frames)}
+    settings, others = {}, {}
+    for override in overrides:
+        keys, value = parse_override(override)
+        if keys[0] == "model" and len(keys) == 2:
+            settings[keys[1]] = value
+        elif keys[0] in ("data", "ds"):
+            others[".".join(keys)] = override
+        else:
+            raise ValueError(
+                f"--set {override}: {path} is converted, and no training's; of it can be set model.X (the settings of "
+                "model.load), data.X and ds.X"
+            )
+    stored = checkpoints.with_settings(checkpoints.read_folder(path), settings)
+    loaded = checkpoints.model_of(stored)
+    data: dict[str, Any] = {
+        "num_frames": loaded.num_frames,
+        "interval": stored.interval or max(1, _SPAN // loaded.num_frames),
+    }
+    if stored.sampling is not None:
+        data["sampling"] = stored.sampling
     batch = {"train_batch_size": _CONVERTED_BATCH, "train_micro_batch_size_per_gpu": _CONVERTED_BATCH}
-    config = config_from_dict({"data": data, "deepspeed": batch}, overrides)
-    return Trained(loaded.eval(), config, path, None, None, _CONVERTED_BATCH)
+    config = config_from_dict({"data": data, "deepspeed": batch}, others.values())
+    assumed = []
+    unknown = {
+        name for name in ("sampling", "interval") if getattr(stored, name) is None and f"data.{name}" not in others
+    }
+    if config.data.sampling == "dense" and unknown:
+        assumed.append(
+            f"clips are cut densely, {config.data.interval} frames apart, as published for Kinetics: set others with "
+            "--set data.sampling=uniform or --set data.interval=N"
+        )
+    if stored.classes is None and loaded.num_classes is not None:
+        assumed.append("class names are unknown, and only their number is compared")
+    return Trained(loaded, config, path, None, stored.classes, _CONVERTED_BATCH, "; ".join(assumed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import pickle
@@ -305,6 +306,18 @@ def test_files_that_are_no_weights_are_refused(tmp_path: Path) -> None:
         convert(tmp_path / "nothing.pth")
 
 
+def test_a_flipped_bit_in_a_pytorch_file_is_seen(tmp_path: Path) -> None:
+    """torch.load does not look at the checksums of the archive: it would give other weights in silence."""
+    state = filled(official_files.aim_clip())
+    torch.save(state, tmp_path / "a.pth")
+    data = bytearray((tmp_path / "a.pth").read_bytes())
+    data[data.index(state["backbone.conv1.weight"].numpy().tobytes()) + 1000] ^= 1
+    (tmp_path / "a.pth").write_bytes(data)
+    assert not all(torch.equal(value, state[name]) for name, value in torch.load(tmp_path / "a.pth").items())
+    with pytest.raises(ValueError, match=r"a\.pth is not a whole PyTorch file: a/data/\d+ is damaged"):
+        convert(tmp_path / "a.pth")
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_a_torchscript_archive_is_refused_with_the_way_out(tmp_path: Path) -> None:
     torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "clip.pt"))
@@ -368,7 +381,13 @@ def _document(out: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         (lambda out: _document(out, lambda d: d.update(format_version=2)), "has format version 2"),
         (lambda out: _document(out, lambda d: d["model"].update(method="os")), "model.method = 'os'"),
         (lambda out: _document(out, lambda d: d["model"]["geometry"].update(layers=3)), "resblocks.2"),
-        (lambda out: _document(out, lambda d: d["model"].update(num_classes=9)), "does not fit model.json"),
+        (lambda out: _document(out, lambda d: d["model"].update(num_classes=9)), "do not fit model.json"),
+        (lambda out: _document(out, lambda d: d.update(classes="ab")), "classes = 'ab'; allowed is a list of names"),
+        (lambda out: _document(out, lambda d: d.update(classes=["a", 2, "c", "d", "e"])), "allowed is a list of names"),
+        (lambda out: _document(out, lambda d: d.update(classes=["a"])), "classes has 1 names; num_classes = 5"),
+        (lambda out: _document(out, lambda d: d.update(sampling=["dense"])), "allowed is dense or uniform"),
+        (lambda out: _document(out, lambda d: d.update(interval=True)), "interval = True; allowed is 1 to 1024"),
+        (lambda out: _document(out, lambda d: d.update(interval=0)), "interval = 0; allowed is 1 to 1024"),
         (lambda out: (out / "model.safetensors").open("ab").write(b"x"), "is damaged (checksum)"),
     ],
 )
@@ -389,3 +408,53 @@ def test_a_model_as_it_stands_becomes_a_folder(tiny: Path, tmp_path: Path) -> No
     again = model.load(tmp_path / "again")
     assert again.options.adapter_scale == 0.25
     assert torch.equal(outputs(again, 4), outputs(loaded, 4))
+
+
+def test_what_is_known_of_a_training_is_kept_and_what_is_not_is_none(tiny: Path, tmp_path: Path) -> None:
+    known = dataclasses.replace(read_folder(tiny), classes=tuple("abcde"), sampling="uniform", interval=3)
+    write_folder(known, tmp_path / "known")
+    found = [read_folder(path) for path in (tmp_path / "known", tiny)]
+    assert [(one.classes, one.sampling, one.interval) for one in found] == [(tuple("abcde"), "uniform", 3), (None,) * 3]
+    assert not {"classes", "sampling", "interval"} & json.loads((tiny / "model.json").read_text()).keys()
+
+
+def test_settings_are_kept_in_the_folder_and_no_longer_assumed(tiny: Path, tmp_path: Path) -> None:
+    first = convert(tiny.with_suffix(".safetensors"))
+    changed = checkpoints.with_settings(first, {"scale": 2, "mean": [0.1, 0.2, 0.3], "num_frames": 8})
+    assert first.assumed.keys() - changed.assumed.keys() == {"adapter_scale", "mean"}
+    write_folder(changed, tmp_path / "out")
+    stored, by_settings = model.load(tmp_path / "out"), model.load(tiny, scale=2, mean=[0.1, 0.2, 0.3], num_frames=8)
+    assert (stored.options, stored.geometry) == (by_settings.options, by_settings.geometry)
+    assert torch.equal(outputs(stored, 8), outputs(by_settings, 8))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_official_names_lose_is_what_conversion_assumes_otherwise(name: str, tmp_path: Path) -> None:
+    converted = convert(saved(WRITERS[name](), tmp_path / "a.safetensors"))
+    assert checkpoints.lost_settings(converted) == {}
+    changed = checkpoints.with_settings(converted, {"head_dropout": 0.25, "std": (0.5, 0.25, 0.5)})
+    assert checkpoints.lost_settings(changed) == {"head_dropout": 0.25, "std": (0.5, 0.25, 0.5)}
+
+
+def test_a_model_that_cannot_be_read_back_is_named(tiny: Path) -> None:
+    geometry = ViTGeometry(96, 2, 2, 16, 32, True, (0.5,) * 3, (0.5,) * 3)
+    narrow = checkpoints.of_model(create("aim", ImageTower(geometry, {}), num_classes=5, num_frames=4))
+    with pytest.raises(ValueError, match="the width 96 is no multiple of 64"):
+        checkpoints.lost_settings(narrow)
+
+
+def test_a_path_that_is_no_converted_folder_is_told_what_it_is(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-000003").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-000003" / "state.json").touch()
+    (tmp_path / "empty").mkdir()
+    file = tiny.with_suffix(".safetensors")
+    for path, message in (
+        (file, f"is a file; convert it to a folder of another name: python tools/convert_checkpoint.py {file} NEW"),
+        (tmp_path / "run", f"is of a training run, .* python tools/convert_checkpoint.py {tmp_path / 'run'} NEW"),
+        (tmp_path / "run" / "checkpoint-000003", "is of a training run"),
+        (tmp_path / "empty", "a folder with model.json and model.safetensors is expected"),
+        (tmp_path / "none", "is no converted checkpoint"),
+    ):
+        with pytest.raises(OSError, match=message) as error:
+            model.load(path)
+        assert "\n" not in str(error.value)

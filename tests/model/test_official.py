@@ -164,6 +164,11 @@ def test_what_is_no_part_of_the_model_is_dropped_with_its_reason(name: str, extr
         (lambda s: s | {"backbone.positional_embedding": (6, 128)}, "has 6 rows"),
         (lambda s: s | {"backbone.conv1.weight": (100, 3, 16, 16)}, "no multiple of 64"),
         (lambda s: s | {"backbone.conv1.weight": (128, 3, 16)}, "4 axes are needed"),
+        (lambda s: s | {"backbone.positional_embedding": (0, 128)}, r"has the shape \[0, 128\]: an axis is empty"),
+        (
+            lambda s: {k: v for k, v in s.items() if "_Adapter" not in k},
+            "temporal_embedding is there and no T_Adapter: a model without temporal adapters has no temporal embedding",
+        ),
         (lambda s: {k: v for k, v in s.items() if "1.S_Adapter" not in k}, "block 1 has no S_Adapter"),
         (
             lambda s: s | {"backbone.transformer.resblocks.1.S_Adapter.D_fc1.weight": (16, 128)},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
+from model.aim import AIM
 from model.parameters import count_parameters
+from model.video import VideoModel
 from tests import official_files
 from tests.official_files import filled, saved
 from tools.convert_checkpoint import main
@@ -22,6 +25,7 @@ from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, save_checkpoint
 from train.config import Batch
 from train.resolve import config_from_dict
+from train.trained import open_trained
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT.parent / "shared" / "golden"
@@ -98,12 +102,11 @@ def test_buffers_that_the_file_lacks_are_listed(tmp_path: Path, converted: Calla
     )
 
 
-def test_a_run_goes_back_to_official_names_with_its_frozen_weights(
-    tmp_path: Path, converted: Callable[..., str]
-) -> None:
+def make_run(out: Path, **model_section: Any) -> VideoModel:
+    """A run's folder with a checkpoint of tiny CLIP, and its model."""
     sections = {
-        "data": {"num_frames": 4},
-        "model": {"name": "tiny-clip", "pretrained": "shapes", "adapter_scale": 0.7},
+        "data": {"num_frames": 4, "sampling": "uniform", "interval": 3},
+        "model": {"name": "tiny-clip", "pretrained": "shapes", **model_section},
         "deepspeed": {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 8},
     }
     config = config_from_dict(sections)
@@ -115,9 +118,9 @@ def test_a_run_goes_back_to_official_names_with_its_frozen_weights(
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
     groups = [{"params": group["params"]} for group in trained.optimizer_groups(0.0)]
     run = identity(config, fingerprint="", backbone=checksum)
-    (tmp_path / "run").mkdir()
+    out.mkdir()
     save_checkpoint(
-        tmp_path / "run",
+        out,
         3,
         trained,
         torch.optim.AdamW(groups),
@@ -129,8 +132,15 @@ def test_a_run_goes_back_to_official_names_with_its_frozen_weights(
         classes=["a", "b", "c"],
         keep=1,
     )
+    return trained.eval()
+
+
+def test_a_run_goes_back_to_official_names_with_its_frozen_weights(
+    tmp_path: Path, converted: Callable[..., str]
+) -> None:
+    trained = make_run(tmp_path / "run", adapter_scale=0.7)
     said = converted(tmp_path / "run", tmp_path / "official.pth", "--to", "aim")
-    assert "adapter_scale = 0.7" in said.splitlines()[-1]
+    assert "adapter_scale = 0.7" in said.splitlines()[-2]
     document = torch.load(tmp_path / "official.pth", weights_only=True)
     own = dict(trained.named_parameters())
     assert document["state_dict"].keys() == own.keys()
@@ -139,9 +149,71 @@ def test_a_run_goes_back_to_official_names_with_its_frozen_weights(
     converted(tmp_path / "official.pth", tmp_path / "aim")
     clips = torch.randint(0, 256, (2, 4, 48, 48, 3), dtype=torch.uint8)
     with torch.inference_mode():
-        expected = trained.eval()(clips)
+        expected = trained(clips)
         given = model.load(tmp_path / "aim", scale=0.7, mean=trained.geometry.mean, std=trained.geometry.std)(clips)
     torch.testing.assert_close(given, expected)
+
+
+def test_the_command_that_it_prints_brings_the_same_model_back(tmp_path: Path, converted: Callable[..., str]) -> None:
+    """The run's scale, mean and std are none of those that conversion assumes."""
+    trained = make_run(tmp_path / "run", adapter_scale=1.0, normalisation="half", head_dropout=0.0)
+    said = converted(tmp_path / "run", tmp_path / "official.pth", "--to", "aim").splitlines()
+    command = shlex.split(said[-1].partition("assumed: ")[2])
+    assert command[:4] == ["python", "tools/convert_checkpoint.py", str(tmp_path / "official.pth"), "NEW"]
+    assert command[4:] == [
+        *("--set", "adapter_scale=1.0", "--set", "head_dropout=0.0"),
+        *("--set", "mean=[0.5,0.5,0.5]", "--set", "std=[0.5,0.5,0.5]"),
+    ]
+    said = converted(command[2], tmp_path / "back", *command[4:]).splitlines()
+    assert "as --set says: adapter_scale = 1, head_dropout = 0, mean = (0.5, 0.5, 0.5), std = (0.5, 0.5, 0.5)" in said
+    back = model.load(tmp_path / "back")
+    assert (back.geometry, back.options.adapter_scale) == (trained.geometry, 1.0)
+    clips = torch.randint(0, 256, (2, 4, 48, 48, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        assert torch.equal(back(clips), trained(clips))
+    converted(tmp_path / "back", tmp_path / "again.pth", "--to", "aim")
+    assert open_trained(tmp_path / "back").model.geometry == trained.geometry
+
+
+def test_a_run_keeps_its_classes_and_how_its_clips_are_cut(tmp_path: Path, converted: Callable[..., str]) -> None:
+    make_run(tmp_path / "run")
+    converted(tmp_path / "run", tmp_path / "folder")
+    of_run, of_folder = open_trained(tmp_path / "run"), open_trained(tmp_path / "folder")
+    assert of_folder.classes == of_run.classes == ("a", "b", "c") and of_folder.assumed == of_run.assumed == ""
+    cut = [
+        (one.config.data.num_frames, one.config.data.sampling, one.config.data.interval) for one in (of_run, of_folder)
+    ]
+    assert cut == [(4, "uniform", 3)] * 2
+
+
+@pytest.mark.parametrize("method", ["finetuned", "frozen"])
+def test_a_method_that_official_files_do_not_hold_is_named(
+    method: str, tmp_path: Path, converted: Callable[..., str]
+) -> None:
+    make_run(tmp_path / "run", method=method)
+    said = converted(tmp_path / "run", tmp_path / "official.pth", "--to", "aim").splitlines()
+    assert f"official files do not hold the method: converted back, {method} becomes aim without adapters" in said
+    converted(tmp_path / "official.pth", tmp_path / "back")
+    back = model.load(tmp_path / "back")
+    assert type(back) is AIM and back.options.adapters == ()
+
+
+def test_what_cannot_be_made_is_said_before_anything_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = saved(official_files.aim_clip(), tmp_path / "aim.safetensors")
+    main([str(path), str(tmp_path / "folder")])
+    capsys.readouterr()
+    assert "must end in .safetensors or .pth" in refusal(tmp_path / "folder", tmp_path / "y.bin", "--to", "aim")
+    assert "not timesformer: say --to aim" in refusal(tmp_path / "folder", tmp_path / "y.pth", "--to", "timesformer")
+    assert f"{path} is a file; give a name in a folder" in refusal(tmp_path / "folder", path / "y.pth", "--to", "aim")
+    assert f"{path} is a file; give a name in a folder" in refusal(path, path / "new" / "out")
+    assert "unknown setting 'mena'" in refusal(path, tmp_path / "out", "--set", "mena=[0,0,0]")
+    assert "allowed is 3 numbers" in refusal(path, tmp_path / "out", "--set", "mean=[0,0]")
+    assert "the form is NAME=VALUE" in refusal(path, tmp_path / "out", "--set", "scale")
+    assert "not valid TOML" in refusal(path, tmp_path / "out", "--set", "mean=[0,")
+    assert "scale is set twice" in refusal(path, tmp_path / "out", "--set", "scale=1", "--set", "scale=2")
+    assert capsys.readouterr().out == "" and not (tmp_path / "out").exists()
 
 
 def test_every_refusal_is_one_line(tmp_path: Path) -> None:
@@ -152,7 +224,7 @@ def test_every_refusal_is_one_line(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "none.pth", tmp_path / "out")
     assert "convert it first" in refusal(path, tmp_path / "out.pth", "--to", "aim")
     assert "--from says the format of a file" in refusal(tmp_path / "there", tmp_path / "out", "--from", "aim")
-    assert "is no converted checkpoint" in refusal(tmp_path / "there", tmp_path / "out")
+    assert "is neither a run with a checkpoint" in refusal(tmp_path / "there", tmp_path / "out")
     main([str(path), str(tmp_path / "folder")])
     assert "is converted already; --to aim" in refusal(tmp_path / "folder", tmp_path / "out")
     assert "not timesformer: say --to aim" in refusal(tmp_path / "folder", tmp_path / "o.pth", "--to", "timesformer")
@@ -161,7 +233,11 @@ def test_every_refusal_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--from", "clip"], "invalid choice: 'clip'"), (["--from", "aim", "--to", "aim"], "give one of them")],
+    [
+        (["--from", "clip"], "invalid choice: 'clip'"),
+        (["--from", "aim", "--to", "aim"], "give one of them"),
+        (["--set", "scale=1", "--to", "aim"], "leave it out with --to"),
+    ],
 )
 def test_wrong_arguments_are_named(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path

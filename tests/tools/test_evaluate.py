@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -183,6 +184,45 @@ def test_a_converted_checkpoint_is_evaluated_as_the_run_it_was(
         main([str(tmp_path / "bare"), "--shards", str(packed)])
 
 
+def test_settings_of_a_converted_checkpoint_are_those_of_load(run: Path, packed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "converted"
+    write_folder(of_model(open_trained(run).model), folder)
+    opened = open_trained(folder, ["model.adapter_scale=30.0", "model.mean=[0.1, 0.2, 0.3]", "data.eval_crop=0.5"])
+    assert (opened.model.options.adapter_scale, opened.model.geometry.mean) == (30.0, (0.1, 0.2, 0.3))
+    assert opened.config.data.eval_crop == 0.5
+    longer = open_trained(folder, ["model.num_frames=8", "ds.torch_autocast.enabled=true"])
+    assert (longer.model.num_frames, longer.config.data.num_frames, longer.config.bf16) == (8, 8, True)
+    for name, more in (("as_it_is", ()), ("loud", ("--set", "model.adapter_scale=30.0"))):
+        assert main([str(folder), "--shards", str(packed), "--out", str(tmp_path / name), *more]) == 0
+    assert np.abs(answers(tmp_path / "loud") - answers(tmp_path / "as_it_is")).max() > 1e-3
+    for setting, message in (
+        ("model.scales=1", "unknown setting 'scales'"),
+        ("model.mean=[1,2]", "allowed is 3 numbers"),
+        ("optimizer.lr=1.0", "of it can be set model.X"),
+        ("run.out=x", "of it can be set model.X"),
+        ("data.intervall=3", "did you mean data.interval"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            open_trained(folder, [setting])
+        assert "\n" not in str(error.value)
+
+
+def test_what_is_assumed_of_a_converted_checkpoint_is_said(run: Path, tmp_path: Path) -> None:
+    converted = of_model(open_trained(run).model)
+    names = ("class0", "class1", "class2")
+    write_folder(converted, tmp_path / "bare")
+    write_folder(dataclasses.replace(converted, classes=names, sampling="dense", interval=3), tmp_path / "all")
+    bare = open_trained(tmp_path / "bare")
+    assert bare.assumed.startswith("clips are cut densely, 32 frames apart, as published for Kinetics: ")
+    assert bare.assumed.endswith("class names are unknown, and only their number is compared")
+    for cut in (["data.sampling=uniform"], ["data.sampling=dense", "data.interval=2"]):
+        assert open_trained(tmp_path / "bare", cut).assumed.startswith("class names are unknown")
+    whole = open_trained(tmp_path / "all")
+    assert (whole.assumed, whole.classes, whole.config.data.interval) == ("", names, 3)
+    with pytest.raises(ValueError, match="class 1 is 'other' there and was 'class1' in training"):
+        whole.require_classes(("class0", "other", "class2"), "there")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -195,7 +235,8 @@ def test_a_converted_checkpoint_is_evaluated_as_the_run_it_was(
         (["{run}", "--set", "data.intervall=3"], "did you mean data.interval"),
         (["{run}", "--out", "{tmp}/file/out"], "--out .*: no folder can be made there"),
         (["{run}", "--out", "{run}"], "holds other files than an earlier evaluation's"),
-        (["{tmp}/empty"], "empty"),
+        (["{tmp}/empty"], "empty is neither a run with a checkpoint .*, nor a checkpoint .*, nor a converted"),
+        (["{tmp}/file"], "file is a file; convert it to a folder, .*: python tools/convert_checkpoint.py .*/file NEW"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_in_a_line(
