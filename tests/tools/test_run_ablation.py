@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from tests.sets import make_set
-from tests.shell import shell_environment
+from tests.shell import LAUNCHER, shell_environment
 from tools import run_demo
 from tools.run_ablation import (
     MARKER,
@@ -48,6 +48,13 @@ SMALL = ("schedule.epochs=1", "schedule.warmup_epochs=0", "ds.train_batch_size=4
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """8 videos of 2 classes in splits train and val."""
     return make_set(tmp_path_factory.mktemp("packed") / "set", [12, 9] * 4, splits=("train", "val"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The runs that `main` starts must not find what a training in this process has joined."""
+    for name in LAUNCHER:
+        monkeypatch.delenv(name, raising=False)
 
 
 def start(*arguments: str) -> subprocess.CompletedProcess[str]:

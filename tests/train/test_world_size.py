@@ -15,7 +15,8 @@ import pytest
 
 from pipelines.shards import ShardSet
 from tests.sets import make_set
-from tests.train.runs import FP32, LAUNCHER, arguments, run_here, trace
+from tests.shell import LAUNCHER
+from tests.train.runs import FP32, arguments, run_here, trace
 
 SEEN = ("samples", "epochs", "frames", "boxes", "flips")
 SETTINGS = (
