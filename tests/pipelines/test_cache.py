@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -67,8 +68,12 @@ def index_bytes(packed: Path) -> int:
 
 def used_bytes(settings: CacheSettings) -> int:
     """On the disk, as `du` counts apparent sizes; manifest and locks left out."""
-    names = [name for name in settings.folder.rglob("*") if ".tar" in name.name or ".safetensors" in name.name]
-    return sum(name.stat().st_size for name in names if name.exists())
+    used = 0
+    for path in settings.folder.rglob("*"):
+        if ".tar" in path.name or ".safetensors" in path.name:
+            with contextlib.suppress(FileNotFoundError):  # evicted since it was listed
+                used += path.stat().st_size
+    return used
 
 
 def tars(settings: CacheSettings) -> set[str]:
