@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +15,8 @@ from model import official
 from model.aim import Finetuned, SpaceOnlyOptions
 from model.geometry import ImageTower, ViTGeometry
 from model.timesformer import TimeSformer, TimeSformerCLIP, TimeSformerCLIPOptions, TimeSformerOptions
+from tests.golden import load_golden
 
-GOLDEN = Path(__file__).resolve().parents[2].parent / "shared" / "golden"
 Form = type[TimeSformer] | type[TimeSformerCLIP]
 HALF = (0.5, 0.5, 0.5)
 CLIP = ViTGeometry(128, 3, 2, 16, 48, True, HALF, HALF)
@@ -85,13 +83,7 @@ def test_published_parameter_counts(form: Form, geometry: ViTGeometry, classes: 
 
 
 def test_equals_the_published_implementation() -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"parity files are not here: {GOLDEN}")
-    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
-    assert spec and spec.loader
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
-    state, clip, expected, _ = fill.load(GOLDEN / "timesformer_divided.json")
+    state, clip, expected, _ = load_golden("timesformer_divided")
     entry = official.recognise({name: tuple(tensor.shape) for name, tensor in state.items()})
     weights, dropped = official.our_names(entry, state)
     with torch.device("meta"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shlex
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from model.aim import AIM
 from model.parameters import count_parameters
 from model.video import VideoModel
 from tests import official_files
+from tests.golden import load_golden
 from tests.official_files import filled, saved
 from tools.convert_checkpoint import main
 from train.build import backbone_checksum, build_model
@@ -28,7 +28,6 @@ from train.resolve import config_from_dict
 from train.trained import open_trained
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT.parent / "shared" / "golden"
 
 
 def refusal(*arguments: str | Path) -> str:
@@ -52,13 +51,7 @@ def converted(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 @pytest.mark.parametrize("name", ["aim_clip_tiny", "aim_clip_b16_k400", "timesformer_divided"])
 def test_equals_the_published_implementation(name: str, tmp_path: Path, converted: Callable[..., str]) -> None:
-    if not GOLDEN.is_dir():
-        pytest.skip(f"parity files are not here: {GOLDEN}")
-    spec = importlib.util.spec_from_file_location("fill", GOLDEN / "fill.py")
-    assert spec and spec.loader
-    fill = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fill)
-    state, clips, expected, facts = fill.load(GOLDEN / f"{name}.json")
+    state, clips, expected, facts = load_golden(name)
     save_file(state, tmp_path / "official.safetensors")
     said = converted(tmp_path / "official.safetensors", tmp_path / "out")
     assert f"parameters: {facts['total']:,}, of which {facts['trainable']:,} train" in said
