@@ -2,7 +2,7 @@
 
     python tools/model_table.py [--methods aim timesformer] [--backbones ViT-B-16-quickgelu] [--out table.md]
 
-Models are built without weights, data or a network, and counted (see `model.flops`); all of it takes less than a minute. The
+Models are built without weights, data or a network, and counted (see `model.flops`); all of it takes a minute. The
 first table has every method, image model and number of frames, tested as on Kinetics-400; then come the published
 tables, in which every row that can be rebuilt here has our count beside it. Columns marked * hold published numbers; a
 row without a count of ours is published through and through. No accuracy here is ours.

@@ -11,7 +11,7 @@ which (data.fraction_seed).
 A run is known by all its settings and by the shards' fingerprint: rows of several ablations that agree are trained
 once, the same command goes on where it was stopped, and other settings never meet old results. For each ablation
 OUT/NAME.json, .md and .png hold the table: parameters, top-1 of every seed, mean, deviation and range, and beside them
-the published numbers, which are of another data set and model. On two CPU cores a run of the demo takes one to two minutes.
+the published numbers, which are of another data set and model. On two CPU cores a run takes one to two minutes.
 """
 
 from __future__ import annotations
