@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,6 +51,10 @@ class AIMOptions:
     adapter_ratio: float = 0.25
     adapter_scale: float = 0.5
     """s, the weight of the joint adapter's branch (Swin: always 0.5, as published)."""
+    temporal_embedding: str = "input"
+    """Where the temporal embedding is added, which trains: to the "input" (AIM), so that gradients go all the way down;
+    or before the lowest block with "adapters", so that nothing below needs any. No difference but the place of a norm
+    where all blocks are adapted."""
     drop_path: float = 0.2
     """Drop rate of the last block's temporal and joint branches; block i of L has drop_path · i / (L - 1)."""
     drop_path_axis: str = "clip"
@@ -74,7 +79,11 @@ class AIMOptions:
         for name in ("drop_path", "head_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} = {getattr(self, name)}; allowed is 0 <= rate < 1")
-        for name, allowed in (("temporal_weights", ("reuse", "text")), ("drop_path_axis", ("clip", "official"))):
+        for name, allowed in (
+            ("temporal_weights", ("reuse", "text")),
+            ("temporal_embedding", ("input", "adapters")),
+            ("drop_path_axis", ("clip", "official")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name} = {getattr(self, name)!r}; allowed is {' or '.join(allowed)}")
         adapted_layers(self.positions, _ANY_DEPTH)  # its form alone: the depth is not known yet
@@ -122,6 +131,7 @@ class AIM(VideoModel):
             geometry,
             lambda layer: Block(geometry, options, layer in self.adapted),
             num_frames if "temporal" in options.adapters else None,
+            time_enters=min(self.adapted, default=None) if options.temporal_embedding == "adapters" else None,
         )
         initialise(self.backbone)
         load_tower_weights(self.backbone, tower.state_dict, ("temporal_embedding", "Adapter", "text_"))
@@ -203,36 +213,37 @@ class Block(nn.Module):
             y = (self.text_ln or self.ln_1)(x)
             if self.T_Adapter_in is not None:
                 y = y + self.T_Adapter_in(y)
-            x = x + self._masked(self.T_Adapter((self.text_attn or self.attn).over_time(y)), masks, 0)
+            x = self._add(x, self.T_Adapter((self.text_attn or self.attn).over_time(y)), masks, 0)
         y = self.attn.over_space(self.ln_1(x))
         x = x + (y if self.S_Adapter is None else y + self.S_Adapter(y))
         y = self.ln_2(x)
         if self.MLP_Adapter is None:
             return x + self.mlp(y)
-        return x + self.mlp(y) + self._masked(self.scale * self.MLP_Adapter(y), masks, 1)
+        return self._add(x + self.mlp(y), self.MLP_Adapter(y, self.scale), masks, 1)
 
-    def _masked(self, branch_BTND: Tensor, masks: Tensor | None, column: int) -> Tensor:
-        """A branch times its scaled keep masks (DropPath); unchanged without masks."""
+    def _add(self, x_BTND: Tensor, branch_BTND: Tensor, masks: Tensor | None, column: int) -> Tensor:
+        """Adds a branch times its scaled keep masks (DropPath), or as it is without masks."""
         if masks is None:
-            return branch_BTND
+            return x_BTND + branch_BTND
         mask = masks[:, column]
         if self.mask_axis is None:
-            return branch_BTND * mask[:, None, None, None]
-        if self.mask_axis == 1:
-            return branch_BTND * mask[:, :, None, None]
-        return branch_BTND * mask[:1, None, :, None]
+            mask = mask[:, None, None, None]
+        else:
+            mask = mask[:, :, None, None] if self.mask_axis == 1 else mask[:1, None, :, None]
+        return torch.addcmul(x_BTND, branch_BTND, mask)
 
 
 class Adapter(nn.Module):
-    """Bottleneck D → hidden → D with GELU between; the caller adds the skip connection where the paper has one."""
+    """Bottleneck D → hidden → D with GELU between, times a factor; the caller adds the skip connection where the paper
+    has one."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.D_fc1 = Linear(width, hidden)
         self.D_fc2 = Linear(hidden, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.D_fc2(F.gelu(self.D_fc1(x)))
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        return self.D_fc2(F.gelu(self.D_fc1(x)), output_factor=factor)
 
 
 @dataclass(frozen=True)

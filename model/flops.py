@@ -1,8 +1,10 @@
-"""What a model costs before it is run: multiply-adds of a view, and bytes that training keeps for the backward pass.
+"""What a model costs before it is run: multiply-adds of a view and of a training step, and bytes that training keeps
+for the backward pass.
 
-Both are counted, not derived: a copy of the model without data (the meta device) takes one training clip, every product
-of matrices that passes is added up, and so is everything that autograd keeps. Any method is counted alike, adapters,
-windows and all, in a fraction of a second and next to no memory.
+All are counted, not derived: a copy of the model without data (the meta device) takes one training clip forward and
+back, every product of matrices that passes is added up, and so is everything that autograd keeps. Any method is counted
+alike, adapters, windows and all, in a fraction of a second and next to no memory. What is counted is the model: not
+what a kernel or a saving of memory computes a second time (MFU is made of such counts), nor how it is sped up.
 
 The unit is that of the papers, whose "FLOPs" are fvcore's: 1 for each multiply-add of a linear layer, a convolution or
 one of attention's two products, nothing for biases, activations and softmax. fvcore adds 5 for each element of a layer
@@ -40,6 +42,9 @@ class Cost:
     """What autograd keeps from the forward to the backward pass, parameters and their copies left out."""
     copied_bytes: int
     """Copies of trained float32 weights in the compute dtype that autograd keeps too, whatever the number of clips."""
+    training_gmac: float
+    """10⁹ multiply-adds of forward and backward pass together. Autograd computes gradients to an input where something
+    below it trains, and to trained weights: below the lowest adapter there is no more than the forward pass."""
 
 
 def count_cost(model: VideoModel, clips: int = 1, dtype: torch.dtype = torch.bfloat16) -> Cost:
@@ -53,13 +58,52 @@ def count_cost(model: VideoModel, clips: int = 1, dtype: torch.dtype = torch.bfl
     size = model.geometry.image_size
     frames = torch.empty((clips, model.num_frames, size, size, 3), dtype=torch.uint8, device="meta")
     masks = {name: torch.empty((clips, *p.shape), device="meta") for name, p in model.random_masks.items()}
-    operations, keeper = _Operations(trained), _Keeper()
-    with torch.autograd.graph.saved_tensors_hooks(keeper.keep, keeper.give), _FusedAttention(), operations:
+    operations, keeper = _Operations(trained), Keeper(trained)
+    with keeper, _FusedAttention(), operations:
         logits = trained(frames, masks)
-    kept = {storage: size for storage, size in keeper.kept.items() if storage not in operations.weights}
-    copied = sum(size for storage, size in kept.items() if storage in operations.copies)
-    del logits  # alive until here: with it go the storages
-    return Cost(operations.mac / 1e9, operations.layer_norm / 1e9, sum(kept.values()) - copied, copied)
+    forward = operations.mac
+    copied = sum(size for storage, size in keeper.kept.items() if storage in operations.copies)
+    if logits.requires_grad:
+        with operations:
+            logits.sum().backward()
+    return Cost(
+        gmac=forward / 1e9,
+        layer_norm=operations.layer_norm / 1e9,
+        kept_bytes=keeper.kept_bytes - copied,
+        copied_bytes=copied,
+        training_gmac=operations.mac / 1e9,
+    )
+
+
+_BF16, _FP16, _FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+_HOPPER = {_BF16: 989e12, _FP16: 989e12, _FP8: 1979e12}
+_PEAKS: dict[str, dict[torch.dtype, float]] = {
+    "H200": _HOPPER,
+    "H100 80GB HBM3": _HOPPER,
+    "H100 PCIe": {_BF16: 756e12, _FP16: 756e12, _FP8: 1513e12},
+    "A100": {_BF16: 312e12, _FP16: 312e12},
+    "L40S": {_BF16: 362e12, _FP16: 362e12, _FP8: 733e12},
+    "L4": {_BF16: 121e12, _FP16: 121e12, _FP8: 242e12},
+    "RTX 4090": {_BF16: 165e12, _FP16: 165e12, _FP8: 330e12},
+    "V100 SXM2": {_FP16: 125e12},
+    "V100 PCIE": {_FP16: 112e12},
+}
+"""Words in a GPU's name, hyphens read as spaces → operations a second."""
+_OTHER_FORMS = ("NVL", "MIG", "D", "Laptop")  # of GPUs so called, with peaks of their own
+
+
+def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Operations a second (2 a multiply-add) that the maker states for products of matrices in `dtype`; None for CPUs,
+    GPUs that are not listed, and dtypes without tensor cores or a stated number.
+
+    From NVIDIA's data sheets: tensor cores, without sparsity, accumulating in float32. No real work reaches it.
+    """
+    if device.type != "cuda":
+        return None
+    name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    if any(f" {form} " in name for form in _OTHER_FORMS):
+        return None
+    return next((peaks.get(dtype) for words, peaks in _PEAKS.items() if f" {words} " in name), None)
 
 
 class WithoutData(TorchDispatchMode):
@@ -157,7 +201,9 @@ class _Operations(WithoutData):
         kwargs = kwargs or {}
         out = super().__torch_dispatch__(func, types, args, kwargs)
         operation = func.overloadpacket
-        if operation in flop_registry:
+        if operation in _ATTENTION_BACKWARD:
+            self.mac += _attention_backward_mac(*args)
+        elif operation in flop_registry:
             self.mac += flop_registry[operation](*args, **kwargs, out_val=out) // 2  # PyTorch counts 2 a multiply-add
         elif operation is torch.ops.aten.native_layer_norm:
             self.layer_norm += 5 * args[0].numel()
@@ -166,17 +212,47 @@ class _Operations(WithoutData):
         return out
 
 
-class _Keeper:
-    """Hooks for what autograd keeps: bytes by storage."""
+_ATTENTION_BACKWARD = {
+    torch.ops.aten._scaled_dot_product_flash_attention_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward,
+}
 
-    def __init__(self) -> None:
+
+def _attention_backward_mac(gradient: Tensor, query: Tensor, key: Tensor, *others: Any) -> int:
+    """Without the product that a fused kernel computes a second time, which PyTorch's counter adds."""
+    masks = [
+        other for other in others if isinstance(other, list)
+    ]  # the kernel that takes a bias is told what is wanted
+    to_query, to_key, to_value, to_bias = masks[0] if masks else (True, True, True, False)
+    products = (to_query or to_key or to_bias) + to_query + to_key + to_value
+    return products * query.numel() * key.shape[-2]
+
+
+class Keeper:
+    """A context that notes what autograd keeps in it for the backward pass, but for the model's own parameters and
+    buffers: every storage once, however many operations keep it."""
+
+    def __init__(self, model: nn.Module) -> None:
         self.kept: dict[StorageWeakRef, int] = {}
+        """Storages and their bytes."""
+        self._own = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        self.kept[_storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
+    @property
+    def kept_bytes(self) -> int:
+        """Of all of it."""
+        return sum(self.kept.values())
 
-    def give(self, tensor: Tensor) -> Tensor:
+    def __enter__(self) -> None:
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        storage = _storage(tensor)
+        if storage not in self._own:
+            self.kept[storage] = tensor.untyped_storage().nbytes()
         return tensor
 
 
@@ -207,11 +283,22 @@ def _storage(tensor: Tensor) -> StorageWeakRef:
     return StorageWeakRef(tensor.untyped_storage())
 
 
+_PLAIN = {"attention_backend": "sdpa", "fp8": None, "in_proj_fp8": None, "checkpointed": False, "graphed": None}
+"""What `model.speed` sets in parts of a model, as it is before."""
+
+
 def _without_data(model: VideoModel) -> VideoModel:
-    """A copy of the model on the meta device."""
+    """A copy of the model on the meta device, not sped up."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-    return copy.deepcopy(model, memo)
+    for part in model.modules():
+        for name in _PLAIN.keys() & vars(part).keys():
+            memo[id(getattr(part, name))] = getattr(part, name)  # not copied: a recorded graph cannot be
+    plain = copy.deepcopy(model, memo)
+    for part in plain.modules():
+        for name in _PLAIN.keys() & vars(part).keys():
+            setattr(part, name, _PLAIN[name])
+    return plain

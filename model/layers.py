@@ -2,21 +2,86 @@
 
 Frozen weights are stored in the compute dtype (bf16), trainable ones in float32 as the optimizer's exact masters. A
 layer casts what it needs on the way in, so the same modules serve fp32, bf16, frozen and trained alike, without
-autocast.
+autocast. Frozen linear layers may also multiply in 8 bits (`model.fp8`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from model.fp8 import FP8Weight, can_be_fp8
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor | FP8Weight,
+    bias: Tensor | None,
+    *,
+    input_factor: float = 1.0,
+    output_factor: float = 1.0,
+) -> Tensor:
+    """y = output_factor · (input_factor · x Wᵀ + b) in x's dtype: x [..., K], W [N, K], b [N] → y [..., N].
+
+    The factors ride on the product, forward and backward: neither x nor y is read or written once more for them.
+    """
+    bias = None if bias is None else bias.to(x.dtype)
+    factor = input_factor * output_factor
+    if bias is not None and output_factor != 1:
+        bias = bias * output_factor
+    if isinstance(weight, FP8Weight):
+        return weight.multiply(x, bias, factor)
+    weight = weight.to(x.dtype)
+    return F.linear(x, weight, bias) if factor == 1 else _ScaledLinear.apply(x, weight, bias, factor)
 
 
 class Linear(nn.Linear):
     """y = x Wᵀ + b in x's dtype."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+    fp8: FP8Weight | None = None
+    """What it multiplies with instead of its weight, once `model.fp8.use_fp8` has been called."""
+
+    def forward(self, x: Tensor, *, input_factor: float = 1.0, output_factor: float = 1.0) -> Tensor:
+        """x [..., K] → output_factor · (input_factor · x Wᵀ + b) [..., N]."""
+        weight = self.weight if self.fp8 is None else self.fp8
+        return linear(x, weight, self.bias, input_factor=input_factor, output_factor=output_factor)
+
+    def use_fp8(self) -> int:
+        """Called by `model.fp8.use_fp8`: how many weights multiply in 8 bits from now on, 0 or 1."""
+        if not can_be_fp8(self.weight, self.bias):
+            return 0
+        self.fp8 = FP8Weight.of(self.weight)
+        return 1
+
+
+class _ScaledLinear(torch.autograd.Function):
+    """factor · x Wᵀ + b. PyTorch's own derivative of such a product multiplies the gradient in a pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+        x_needs, weight_needs, ctx.bias_needs, _ = ctx.needs_input_grad
+        ctx.factor = factor
+        ctx.save_for_backward(x if weight_needs else None, weight if x_needs else None)
+        return _product(x.reshape(-1, x.shape[-1]), weight.t(), factor, bias).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, weight = ctx.saved_tensors
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        to_x = None if weight is None else _product(rows, weight, ctx.factor).view(*gradient.shape[:-1], -1)
+        to_weight = None if x is None else _product(rows.t(), x.reshape(-1, x.shape[-1]), ctx.factor)
+        return to_x, to_weight, rows.sum(0) if ctx.bias_needs else None, None
+
+
+def _product(left: Tensor, right: Tensor, factor: float, added: Tensor | None = None) -> Tensor:
+    """factor · left right + added, the factor applied by the product's own kernel."""
+    if added is None:
+        return torch.addmm(left.new_empty(()), left, right, beta=0, alpha=factor)  # beta 0: what is added is not read
+    return torch.addmm(added, left, right, alpha=factor)
 
 
 class LayerNorm(nn.LayerNorm):

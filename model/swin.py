@@ -31,6 +31,7 @@ from model.aim import Adapter, AIMOptions, adapted_layers
 from model.attention import attention
 from model.geometry import ImageTower, SwinGeometry
 from model.layers import LayerNorm, Linear
+from model.speed import call_block
 from model.video import VideoModel, drop_path_rates, load_tower_weights
 from model.vit import initialise
 
@@ -183,6 +184,11 @@ class Swin(nn.Module):
             layer += depth
         self.norm = LayerNorm(geometry.features)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """From the input on."""
+        return [block for stage in self.layers if isinstance(stage, Stage) for block in stage.blocks]
+
     def forward(self, clips: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         """`masks["drop_path"]`: scaled keep masks [B, L, 2], absent for no drop."""
         x_BTHWC = self.patch_embed(clips)
@@ -204,7 +210,7 @@ class Stage(nn.Module):
     def forward(self, x_BTHWC: Tensor, masks: Tensor | None) -> Tensor:
         """`masks`: scaled keep masks [B, blocks, 2], or None."""
         for number, block in enumerate(self.blocks):
-            x_BTHWC = block(x_BTHWC, None if masks is None else masks[:, number])
+            x_BTHWC = call_block(block, x_BTHWC, None if masks is None else masks[:, number])
         return x_BTHWC if self.downsample is None else self.downsample(x_BTHWC)
 
 
@@ -285,7 +291,7 @@ class AdaptedBlock(nn.Module):
         y = self.norm2(x)
         if self.S_Adapter is None:
             return x + self.mlp(y)
-        return x + self.mlp(y) + _masked(self.scale * self.S_Adapter(y), masks, 1)
+        return x + self.mlp(y) + _masked(self.S_Adapter(y, self.scale), masks, 1)
 
 
 class VideoBlock(nn.Module):
@@ -442,6 +448,7 @@ def _refuse_options(options: AIMOptions) -> None:
     for name, published in (
         ("temporal_adapters", 1),
         ("temporal_weights", "reuse"),
+        ("temporal_embedding", "input"),
         ("adapter_scale", 0.5),
         ("drop_path_axis", "clip"),
     ):

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from model.aim import AIM
 from model.geometry import ImageTower, ViTGeometry
 from model.layers import LayerNorm, Linear
+from model.speed import call_block
 from model.video import VideoModel, drop_path_rates, load_tower_weights
 from model.vit import MLP, Attention, ViT, initialise
 
@@ -107,14 +108,14 @@ class ClipViT(ViT):
 
     def forward(self, clips: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         """`masks["drop_path"]`: scaled keep masks [B, L, 3], absent for no drop."""
-        class_token, patches = self.stem(clips)
+        class_token, patches = self.tokens(clips)
         drop_path = masks.get("drop_path")
         for layer, block in enumerate(self.transformer.resblocks):
             block_masks = None if drop_path is None else drop_path[:, layer].to(patches.dtype)
-            class_token, patches = block(class_token, patches, block_masks)
+            class_token, patches = call_block(block, class_token, patches, block_masks)
         return self.ln_post(class_token).flatten(1)
 
-    def stem(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+    def tokens(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         """[B, T, 3, H, W] → class token [B, 1, 1, D], without the temporal embedding, and patches [B, T, P, D]."""
         assert self.temporal_embedding is not None
         patches = self.conv1(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])

@@ -61,6 +61,12 @@ class VideoModel(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trains(name))
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The stack that most of the work is done in, from the input on; every backbone names its own."""
+        blocks: list[nn.Module] = self.backbone.blocks  # type: ignore[assignment]
+        return blocks
+
     def trains(self, name: str) -> bool:
         """Whether a parameter of this name trains."""
         return self.trained_names is None or any(part in name for part in self.trained_names)
@@ -105,11 +111,12 @@ class VideoModel(nn.Module):
                 f"clips of shape {list(frames.shape)} do not fit the model, which takes [B, {expected}, {size}, "
                 f"{size}, 3]: set data.num_frames to what the checkpoint was trained with"
             )
-        normalised = (frames.float() - self.pixel_mean) / self.pixel_std
+        normalised = frames.float().sub_(self.pixel_mean).div_(self.pixel_std)
         return normalised.to(self.compute_dtype).permute(0, 1, 4, 2, 3)
 
     def forward(self, clips: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
-        """uint8 frames [B, T, H, W, 3], or normalised float clips [B, T, 3, H, W] → float32 logits [B, C].
+        """uint8 frames [B, T, H, W, 3], or normalised float clips [B, T, 3, H, W] → float32 logits [B, C]; also what
+        `stem` made of either.
 
         `masks` as `random_masks` says, None for evaluation. A model without a head returns what the published
         backbone returns: [B, D, T, …], or [B, D] where that has pooled by itself.
@@ -119,10 +126,25 @@ class VideoModel(nn.Module):
         prepared = self.prepare(clips) if clips.dtype == torch.uint8 else clips
         return self.classify(prepared, masks)
 
+    @property
+    def has_frozen_stem(self) -> bool:
+        """Whether `stem` computes something that no training changes."""
+        return not getattr(self.backbone, "stem_trains", True)
+
+    @torch.no_grad()
+    def stem(self, frames: Tensor) -> Tensor:
+        """uint8 frames [B, T, H, W, 3] → tokens [B, T, N, D] before the first weight that trains, which `forward` takes
+        instead of the frames. Only where there is a frozen stem."""
+        assert self.has_frozen_stem
+        with torch.autocast(frames.device.type, enabled=False):
+            tokens: Tensor = self.backbone.stem(self.prepare(frames))  # type: ignore[operator]
+        return tokens
+
     def classify(self, clips: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Normalised clips [B, T, 3, H, W] → float32 logits [B, C]: the mean of the features over time and space, then
-        dropout and a linear layer (the official I3D head)."""
-        self._require_shape(clips)
+        """Normalised clips [B, T, 3, H, W], or what `stem` made → float32 logits [B, C]: the mean of the features over
+        time and space, then dropout and a linear layer (the official I3D head)."""
+        if clips.ndim != 4 or not self.has_frozen_stem:
+            self._require_shape(clips)
         masks = masks or {}
         on_meta = clips.device.type == "meta"  # where shapes are computed and autocast does not exist
         # Layers choose their own precision.

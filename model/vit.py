@@ -8,15 +8,17 @@ Legend of shapes: B clips, T frames, N tokens a frame (class token first), D wid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.attention import attention
+from model.fp8 import FP8Weight, can_be_fp8
 from model.geometry import ViTGeometry
-from model.layers import LayerNorm, Linear, PatchEmbedding
+from model.layers import LayerNorm, Linear, PatchEmbedding, linear
+from model.speed import call_block
 
 BlockFactory = Callable[[int], nn.Module]
 """Layer number → a block that takes x_BTND and its masks, and returns x_BTND."""
@@ -25,8 +27,16 @@ BlockFactory = Callable[[int], nn.Module]
 class ViT(nn.Module):
     """Normalised clips [B, T, 3, H, W] → class tokens [B, D, T, 1, 1], as the official backbone returns them."""
 
-    def __init__(self, geometry: ViTGeometry, make_block: BlockFactory, temporal_frames: int | None) -> None:
-        """`temporal_frames`: length of the temporal embedding; None where there is none."""
+    def __init__(
+        self,
+        geometry: ViTGeometry,
+        make_block: BlockFactory,
+        temporal_frames: int | None,
+        *,
+        time_enters: int | None = None,
+    ) -> None:
+        """`temporal_frames`: length of the temporal embedding; None where there is none. `time_enters`: the block
+        before which it is added; None: to the input, before the first norm, as published."""
         super().__init__()
         width = geometry.width
         self.conv1 = PatchEmbedding(width, geometry.patch_size, geometry.patch_bias)
@@ -34,24 +44,56 @@ class ViT(nn.Module):
         self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(geometry.num_tokens, width))
         frames = temporal_frames
         self.temporal_embedding = None if frames is None else nn.Parameter(torch.zeros(1, frames, width))
+        self.time_enters = time_enters
         self.ln_pre = LayerNorm(width, geometry.eps) if geometry.ln_pre else None
         self.transformer = Transformer(geometry.layers, make_block)
         self.ln_post = LayerNorm(width, geometry.eps)
 
     def forward(self, clips: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-        """`masks["drop_path"]`: scaled keep masks [B, layers, …], absent for no drop."""
-        x_BTND = self.transformer(self.embed(clips), masks.get("drop_path"))
+        """`masks["drop_path"]`: scaled keep masks [B, layers, …], absent for no drop. Instead of clips it takes what
+        `stem` made of them."""
+        x_BTND = self.add_time(clips if clips.ndim == 4 else self.stem(clips))
+        x_BTND = self.transformer(x_BTND, masks.get("drop_path"), range(self._stem_blocks, len(self.blocks)))
         return self.ln_post(x_BTND[:, :, 0]).transpose(1, 2)[..., None, None]
 
-    def embed(self, clips: Tensor) -> Tensor:
-        """The stem: [B, T, 3, H, W] → x_BTND before the first block."""
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """From the input on."""
+        return list(self.transformer.resblocks)
+
+    @property
+    def stem_trains(self) -> bool:
+        """Whether something does in what `stem` computes."""
+        parts = (self.conv1.weight, self.class_embedding, self.positional_embedding)
+        return any(parameter.requires_grad for parameter in parts)
+
+    def stem(self, clips: Tensor) -> Tensor:
+        """All that comes before the first weight that AIM trains: [B, T, 3, H, W] → x_BTND."""
         patches = self.conv1(clips.flatten(0, 1))
         class_tokens = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
         x_MND = torch.cat([class_tokens, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         x_BTND = x_MND.unflatten(0, clips.shape[:2])
+        if not self._time_at_input and self.ln_pre is not None:
+            x_BTND = self.ln_pre(x_BTND)
+        return self.transformer(x_BTND, None, range(self._stem_blocks))
+
+    def add_time(self, x_BTND: Tensor) -> Tensor:
+        """Adds the temporal embedding, if there is one, to what the stem returned; norms what is normed after it."""
         if self.temporal_embedding is not None:
             x_BTND = x_BTND + self.temporal_embedding.to(x_BTND.dtype).unsqueeze(2)
-        return x_BTND if self.ln_pre is None else self.ln_pre(x_BTND)
+        return self.ln_pre(x_BTND) if self._time_at_input and self.ln_pre is not None else x_BTND
+
+    @property
+    def _time_at_input(self) -> bool:
+        return self.temporal_embedding is not None and self.time_enters is None
+
+    @property
+    def _stem_blocks(self) -> int:
+        """How many blocks belong to the stem: those before the first that trains, if time enters no earlier."""
+        if self.temporal_embedding is not None:
+            return self.time_enters or 0
+        trained = (any(p.requires_grad for p in block.parameters()) for block in self.blocks)
+        return next((number for number, trains in enumerate(trained) if trains), len(self.blocks))
 
 
 class Transformer(nn.Module):
@@ -61,10 +103,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(make_block(layer) for layer in range(layers))
 
-    def forward(self, x_BTND: Tensor, drop_path: Tensor | None) -> Tensor:
-        for layer, block in enumerate(self.resblocks):
+    def forward(self, x_BTND: Tensor, drop_path: Tensor | None, layers: range) -> Tensor:
+        """Through the blocks of these numbers."""
+        for layer in layers:
             masks = None if drop_path is None else drop_path[:, layer].to(x_BTND.dtype)
-            x_BTND = block(x_BTND, masks)
+            x_BTND = call_block(self.resblocks[layer], x_BTND, masks)
         return x_BTND
 
 
@@ -78,6 +121,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.attention_backend = "auto"
+        self.in_proj_fp8: tuple[FP8Weight, ...] | None = None
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = Linear(width, width)
@@ -99,14 +144,23 @@ class Attention(nn.Module):
         q, k, _ = self._project(x_BTND, (B * T, N, self.heads, D // self.heads))
         return q, k
 
+    def use_fp8(self) -> int:
+        """Called by `model.fp8.use_fp8`: how many weights multiply in 8 bits from now on, 0 or 3."""
+        if not can_be_fp8(self.in_proj_weight, self.in_proj_bias):
+            return 0
+        self.in_proj_fp8 = tuple(map(FP8Weight.of, self.in_proj_weight.chunk(3)))
+        return 3
+
     def _attend(self, x_BTND: Tensor, view: tuple[int, int, int, int]) -> Tensor:
         q, k, v = self._project(x_BTND, view)
-        return self.out_proj(attention(q, k, v).reshape(x_BTND.shape))
+        return self.out_proj(attention(q, k, v, backend=self.attention_backend).reshape(x_BTND.shape))
 
     def _project(self, x_BTND: Tensor, view: tuple[int, int, int, int]) -> list[Tensor]:
-        weights = self.in_proj_weight.to(x_BTND.dtype).chunk(3)
-        biases = self.in_proj_bias.to(x_BTND.dtype).chunk(3)
-        return [F.linear(x_BTND, w, b).view(view) for w, b in zip(weights, biases, strict=True)]
+        weights: Sequence[Tensor | FP8Weight] = self.in_proj_weight.to(x_BTND.dtype).chunk(3)
+        if self.in_proj_fp8 is not None:
+            weights = self.in_proj_fp8
+        biases = self.in_proj_bias.chunk(3)
+        return [linear(x_BTND, w, b).view(view) for w, b in zip(weights, biases, strict=True)]
 
 
 class MLP(nn.Module):
@@ -120,8 +174,11 @@ class MLP(nn.Module):
         self.c_proj = Linear(hidden or 4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        return self.c_proj(x * torch.sigmoid(1.702 * x) if self.quick_gelu else F.gelu(x))
+        if not self.quick_gelu:
+            return self.c_proj(F.gelu(self.c_fc(x)))
+        # x · sigmoid(1.702 x) is silu(1.702 x) / 1.702, and products take a factor at no cost: one pass over the hidden
+        # features instead of three, of which nothing but silu's input is kept.
+        return self.c_proj(F.silu(self.c_fc(x, output_factor=1.702)), input_factor=1 / 1.702)
 
 
 def initialise(module: nn.Module) -> None:

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -91,12 +91,15 @@ class ClipLoader:
         planned_before: int = 0,
         ranks: int = 1,
         device: torch.device | str = "cpu",
+        known: Callable[[ClipPlan], bool] | None = None,
     ) -> None:
+        """`known`: clips whose pixels nobody needs; they are not decoded, and their frames hold anything."""
         if not 1 <= prefetch <= MAX_PREFETCH:
             raise ValueError(f"data.prefetch = {prefetch}; allowed is 1 to {MAX_PREFETCH} batches")
         if workers < 1:
             raise ValueError(f"data.workers = {workers}; at least one process must decode")
         self._shards, self._options, self._seed = shards, options, seed
+        self._known = known
         self._turns = shards.follow(iter(turns))
         self._max_bad_fraction, self._planned_before, self._ranks = max_bad_fraction, planned_before, ranks
         shape = (prefetch + 1, micro_batch, options.num_frames, size, size, 3)
@@ -162,7 +165,7 @@ class ClipLoader:
                 self._decoder.submit(batch.slot, list(requests), list(requests.values()))
 
     def _request(self, row: _Row) -> ClipRequest | None:
-        """What to decode for a row: its sample or, unless that can be planned, a stand-in; None if nothing is."""
+        """What to decode for a row: its sample or, unless that can be planned, a stand-in; None if nothing need be."""
         while (turn := row.turn) is not None:
             if turn.sample_id in self.bad:
                 self._give_up(row, self.bad[turn.sample_id].reason)
@@ -178,6 +181,8 @@ class ClipLoader:
                 sample.labels,
             )
             self.largest_shift = max(self.largest_shift, row.plan.largest_shift(sample))
+            if self._known is not None and self._known(row.plan):
+                return None
             return request_clip(sample, row.plan, self._shards.profile)
         return None
 

@@ -44,6 +44,7 @@ DOORS: dict[str, set[str]] = {
     "open_clip": {"model/open_clip_models.py", "tools/pretrain_clip.py"},  # the tool pretrains with it
     "timm": {"model/timm_models.py"},
     "torchvision": {"pipelines/augment.py"},
+    "triton": {"model/short_attention.py"},
     "xformers": {"model/attention.py"},
     "deepspeed": {"train/engine.py"},
     "fsspec": {"pipelines/remote.py"},

@@ -23,7 +23,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import shlex
 import signal
 import statistics
@@ -49,7 +48,7 @@ from tqdm import tqdm
 
 from pipelines.cli import run_cli
 from pipelines.encode import DEFAULT_QUALITY, library_versions
-from pipelines.machine import installed_versions, processor_name
+from pipelines.machine import cpu_seconds, installed_versions, processor_name, wait_for_rest
 from pipelines.shards import write_durably
 from tools.bench_checks import frames_decoded, same_clips, stored_quality
 from tools.bench_contenders import BATCH, CONTENDERS, SAMPLINGS, SIZE, NotAvailable, Setup, check_decord
@@ -59,8 +58,6 @@ CASES = tuple(f"{profile}_{sampling}" for profile in ("jpeg", "h264") for sampli
 PACKAGES = ("torch", "numpy", "nvidia-dali-cuda130", "decord", "torchcodec", "webdataset")
 RIVALS = tuple(name for name, contender in CONTENDERS.items() if contender.profile is None)
 COLOURS = {"ours": "tab:orange", "bare": "wheat"}
-REST_SECONDS = 0.3  # without work: nothing will come any more
-MAX_FILLING = 120  # seconds; a slow machine needs 10
 TIME_LIMIT = 560.0  # seconds for everything: no round begins that would go beyond
 _SPAWN = multiprocessing.get_context("spawn")
 
@@ -114,42 +111,14 @@ def measure(batches: Iterator[Any], setup: Setup) -> Run:
     batches_a_pass = math.lcm(len(setup.shards(setup.profiles[0])), BATCH) // BATCH
     for _ in range(max(2, setup.workers)):
         next(batches)
-    _wait_for_rest()
+    wait_for_rest()
     number, start, cpu_before = 0, time.perf_counter(), cpu_seconds()
     while number % batches_a_pass or time.perf_counter() - start < setup.seconds:
         next(batches)
         number += 1
-    end = _wait_for_rest()
+    end = wait_for_rest()
     cpu_after = cpu_seconds()
     return Run(number * BATCH, cpu_after - cpu_before, end - start)
-
-
-def _wait_for_rest() -> float:
-    """Returns when nobody has worked for a while, for the queues are full: since when (perf_counter)."""
-    pause = REST_SECONDS / 10
-    begin = since = time.perf_counter()
-    spent = cpu_seconds() - time.thread_time()  # looking costs this thread a little
-    while time.perf_counter() - since < REST_SECONDS:
-        time.sleep(pause)
-        now = cpu_seconds() - time.thread_time()
-        if now - spent > 0.1 * pause:
-            since = time.perf_counter()
-        if since - begin > MAX_FILLING:
-            raise TimeoutError(f"its queues are not full after {MAX_FILLING} s")
-        spent = now
-    return since
-
-
-def cpu_seconds() -> float:
-    """User and system time so far of this process, its living descendants and its children that ended."""
-    pids = [os.getpid()]
-    for pid in pids:  # grows meanwhile
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            with suppress(OSError):  # a thread that ended
-                pids += map(int, children.read_text().split())
-    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # Linux numbers the CPU clock of a process so (man 3 clock_getcpuclockid); /proc counts in steps of 10 ms.
-    return ended.ru_utime + ended.ru_stime + sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
 
 
 def main() -> None:

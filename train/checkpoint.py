@@ -37,23 +37,23 @@ _DEEPSPEED_KEYS = (
     "gradient_predivide_factor",
 )
 # Not what a run computes: how fast it reads, and evaluation, which has no effect on training.
-_FREE_DATA_KEYS = (
-    *("shards", "val_split", "workers", "prefetch", "max_bad_fraction"),
-    *("eval_crop", "test_clips", "test_crops", "cache_dir", "cache_gb"),
-)
+_EVAL_KEYS = ("eval_crop", "test_clips", "test_crops")
+_FREE_DATA_KEYS = ("shards", "val_split", "workers", "prefetch", "max_bad_fraction", "cache_dir", "cache_gb")
 
 
 def identity(config: Config, *, fingerprint: str, backbone: str) -> dict[str, Any]:
     """Everything that a resumed run must share with the run that it continues: dotted name → plain value."""
     document = config.as_dict()
     sections = {name: document[name] for name in ("data", "model", "optimizer", "schedule")}
-    sections["data"] = {k: v for k, v in sections["data"].items() if k not in _FREE_DATA_KEYS}
+    free = (*_FREE_DATA_KEYS, *(() if config.data.fixed_views else _EVAL_KEYS))
+    sections["data"] = {k: v for k, v in sections["data"].items() if k not in free}
     if config.data.sampling == "uniform":
         sections["data"].pop("interval")
     if config.data.fraction == 1:
         sections["data"].pop("fraction_seed")
     sections["model"].pop("pretrained")  # a path may have moved; the checksum of the weights decides
     sections["train"] = {name: document["train"][name] for name in ("seed", "label_smoothing")}
+    sections["speed"] = {"fp8": document["speed"]["fp8"]}  # all else of it is rounding
     sections["ds"] = {k: v for k, v in document["deepspeed"].items() if k in _DEEPSPEED_KEYS}
     flat = {f"{section}.{key}": value for section, entries in sections.items() for key, value in entries.items()}
     return {**flat, "fingerprint of data.shards": fingerprint, "checksum of the frozen weights": backbone}

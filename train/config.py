@@ -15,6 +15,7 @@ from typing import Any
 
 from model.backbone import NORMALISATIONS
 from model.methods import METHODS
+from model.speed import SpeedOptions
 from pipelines.cache import CacheSettings, default_cache_folder
 from pipelines.plan import ClipOptions
 
@@ -194,6 +195,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    speed: SpeedOptions = field(default_factory=SpeedOptions)
     run: RunConfig = field(default_factory=RunConfig)
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     """The DeepSpeed document."""

@@ -161,14 +161,22 @@ class Engine:
         logits: Tensor = self._engine(frames, masks)
         return logits
 
-    def learn(self, loss: Tensor, lr: float) -> None:
-        """Backward pass; after the last micro-batch of a step also averages, clips, and steps the optimizer.
+    def accumulate(self, micro_batches: int) -> None:
+        """From the next step on, a step takes so many micro-batches: for measurements, between two steps."""
+        engine = self._engine
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
+
+    def backward(self, loss: Tensor) -> None:
+        """The backward pass of a micro-batch."""
+        self._engine.backward(loss)
+
+    def update(self, lr: float) -> None:
+        """Ends a micro-batch; after the last one of a step averages the gradients, clips, and steps the optimizer.
 
         `lr` is the head's; a group of parameters multiplies it by its own `lr_scale`.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self._engine.backward(loss)
         self._engine.step()
 
 

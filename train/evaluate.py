@@ -28,6 +28,7 @@ from pipelines.plan import eval_turns
 from pipelines.shards import ShardSet, write_durably
 from train.engine import World
 from train.loss import clip_loss
+from train.stem_cache import StemCache
 
 AVERAGINGS = ("prob", "logits")
 TIE = 1e-6
@@ -170,12 +171,14 @@ def evaluate(
     loader_options: Mapping[str, Any],
     averaging: str = "prob",
     on_batch: Callable[[], None] | None = None,
+    cache: StemCache | None = None,
 ) -> Evaluation:
     """Evaluates on all processes together, on as many views a video as `loader_options["options"]` says; all processes
     get the result.
 
     `loader_options` go to `ClipLoader`; views are averaged as probabilities ("prob") or as "logits"; `on_batch` is
-    called after each micro-batch of this process, of which all have equally many.
+    called after each micro-batch of this process, of which all have equally many; `cache` keeps what the model's frozen
+    part makes of the views.
 
     Raises ValueError, on all alike, when no sample could be decoded, or fewer than the loader allows, or an answer is
     not a finite number.
@@ -190,11 +193,15 @@ def evaluate(
     labels = table((len(shards), num_classes) if several else len(shards))
     turns = eval_turns(len(shards), num_views, micro_batch=micro_batch, rank=world.rank, world=world.size)
     failure = None
-    with ClipLoader(shards, turns, micro_batch=micro_batch, size=model.geometry.image_size, **loader_options) as loader:
+    size, known = model.geometry.image_size, None if cache is None else partial(cache.known, shards.split)
+    with ClipLoader(shards, turns, micro_batch=micro_batch, size=size, known=known, **loader_options) as loader:
         try:
             for batch in loader:
                 rows = torch.tensor([turn.sample_id for turn in batch.turns])[batch.valid].to(world.device)
-                logits = model(batch.frames.to(world.device, non_blocking=True))[batch.valid.to(world.device)].double()
+                clips = batch.frames.to(world.device, non_blocking=True)
+                if cache is not None:
+                    clips = cache.tokens(shards.split, clips, batch.plans)
+                logits = model(clips)[batch.valid.to(world.device)].double()
                 answers.index_add_(0, rows, _probabilities(logits, several) if as_probabilities else logits)
                 labels.index_add_(0, rows, batch.labels[batch.valid].to(world.device).double())
                 counts.index_add_(0, rows, torch.ones_like(rows, dtype=torch.float64))

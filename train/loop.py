@@ -6,15 +6,15 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from model.video import VideoModel
-from pipelines.augment import augment_clips, mix_clips
 from pipelines.loader import ClipBatch, ClipLoader, default_workers
-from pipelines.plan import MixPlan, Order, draw_masks, num_steps, plan_mix, train_turns
+from pipelines.plan import MixPlan, Order, num_steps, plan_mix, train_turns
 from pipelines.shards import ShardSet
 from train.bad_samples import FILE_NAME, BadSamples
 from train.checkpoint import save_checkpoint
@@ -22,9 +22,10 @@ from train.clock import Clock, Pace
 from train.config import Batch, Config
 from train.engine import Engine, World
 from train.evaluate import evaluate
-from train.loss import clip_loss, soft_targets
 from train.metrics import MetricsLog, eval_line, train_line
 from train.schedule import crosses, learning_rate
+from train.stem_cache import StemCache
+from train.step import Step
 
 PREDICTIONS = "predictions.npz"
 
@@ -48,6 +49,13 @@ class Job:
     start_step: int
     """Optimizer steps done before."""
     bad_samples: BadSamples
+    cache: StemCache | None = None
+    """What the frozen part of the model made of clips."""
+
+    @property
+    def train_cache(self) -> StemCache | None:
+        """The same where training clips come again."""
+        return self.cache if self.config.data.fixed_views else None
 
     @property
     def num_steps(self) -> int:
@@ -84,7 +92,8 @@ class Job:
             num_steps=self.num_steps,
         )
         size, planned = self.model.geometry.image_size, self.start_step * self.batch.total
-        options = self.loader_options() | {"planned_before": planned}
+        known = self.train_cache and partial(self.train_cache.known, self.shards.split)
+        options = self.loader_options() | {"planned_before": planned, "known": known}
         return ClipLoader(self.shards, turns, micro_batch=self.batch.micro, size=size, **options)
 
 
@@ -103,8 +112,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
             _evaluate(job, job.num_steps, log)
         return
     peak = config.optimizer.peak(batch.total)
-    probabilities = {name: p.numpy() for name, p in job.model.random_masks.items()}
-    mean_colour = job.model.pixel_mean.round().to(torch.uint8)
+    parts = Step(config, job.model, job.engine, job.shards, device, job.train_cache)
     loss_sum, loss_count = torch.zeros((), device=device), 0
     with job.train_loader() as loader:
         clock = Clock(batch.total, lambda: loader.wait_seconds)
@@ -115,17 +123,11 @@ def train(job: Job, log: MetricsLog | None) -> None:
 
             for _ in range(batch.accumulation):
                 clips = job.bad_samples.next_batch(loader)
-                frames = clips.frames.to(device, non_blocking=True)
-                targets = clips.labels.to(device, non_blocking=True)
-                augment_clips(frames, clips.plans, mean_colour)
-                if mix is not None:
-                    targets = mix_clips(frames, soft_targets(targets, len(job.shards.classes)), mix)
-                drawn = draw_masks(config.train.seed, clips.turns, probabilities)
-                masks = {name: torch.from_numpy(mask).to(device, non_blocking=True) for name, mask in drawn.items()}
-                logits = job.engine(frames, masks)
-                smoothing, several = config.train.label_smoothing, job.shards.multi_label
-                loss = clip_loss(logits, targets, multi_label=several, label_smoothing=smoothing)
-                job.engine.learn(loss, lr)
+                micro_batch = parts.to_device(clips)
+                parts.augment(micro_batch, mix)
+                loss = parts.loss(micro_batch)
+                job.engine.backward(loss)
+                job.engine.update(lr)
                 loss_sum += loss.detach()
                 loss_count += 1
                 if config.run.trace:
@@ -206,7 +208,9 @@ def _evaluate(job: Job, step: int, log: MetricsLog | None) -> None:
     options = job.loader_options()
     if step < job.num_steps:
         options["options"] = replace(job.config.data, test_clips=1, test_crops=1)
-    result = evaluate(job.model, shards, job.world, micro_batch=job.batch.micro, loader_options=options)
+    result = evaluate(
+        job.model, shards, job.world, micro_batch=job.batch.micro, loader_options=options, cache=job.cache
+    )
     job.bad_samples.meet_evaluated(result.bad, shards)
     if log is None:
         return

@@ -19,6 +19,7 @@ from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from model.methods import METHODS
+from model.speed import SpeedOptions
 from train.config import (
     Batch,
     Config,
@@ -41,6 +42,7 @@ SECTIONS: dict[str, type] = {
     "optimizer": OptimizerConfig,
     "schedule": ScheduleConfig,
     "train": TrainConfig,
+    "speed": SpeedOptions,
     "run": RunConfig,
 }
 _DEFAULT_METHOD = ModelConfig().method

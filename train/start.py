@@ -19,6 +19,7 @@ import torch
 
 from model.attention import attention_backend
 from model.parameters import count_parameters, parameter_table
+from model.speed import describe_speed, speed_up
 from model.video import VideoModel
 from pipelines.loader import describe_decoding
 from pipelines.machine import installed_versions, processor_name
@@ -33,6 +34,7 @@ from train.engine import Engine, World, start_world
 from train.loop import Job, train
 from train.metrics import MetricsLog
 from train.resolve import ROOT
+from train.stem_cache import StemCache
 
 LOCK = ".lock"  # in the run's folder
 MAX_TOLD = 5  # missing shards that are named
@@ -56,13 +58,17 @@ class Prepared:
     def run(self, command: Sequence[str]) -> None:
         """Joins the other processes and trains. `command` is for the record."""
         world = start_world()
-        config, out = self.config, Path(self.config.run.out)
-        if config.bf16:
-            self.model.set_compute_dtype(torch.bfloat16)
-        engine = Engine(world, self.model, config.optimizer, config.deepspeed, self.batch)
-        with closing(_Claim(out)) as claim:
+        engine = self.start_engine(world)
+        with closing(_Claim(Path(self.config.run.out))) as claim:
             world.on_first(claim.take)
             self._train(world, engine, command)
+
+    def start_engine(self, world: World) -> Engine:
+        """Sets the model up for training on this process's device, under DeepSpeed."""
+        if self.config.bf16:
+            self.model.set_compute_dtype(torch.bfloat16)
+        speed_up(self.model.to(world.device), self.config.speed, world.device)
+        return Engine(world, self.model, self.config.optimizer, self.config.deepspeed, self.batch)
 
     def _train(self, world: World, engine: Engine, command: Sequence[str]) -> None:
         config, out = self.config, Path(self.config.run.out)
@@ -74,7 +80,8 @@ class Prepared:
         world.on_first(lambda: _write_run_json(out, self, world, command, start_step))
         parts = (self.model, engine, self.shards, self.val_shards)
         bad_samples = BadSamples(world, out, config.data.max_bad_fraction, state["bad_samples"])
-        job = Job(config, world, self.batch, *parts, out, run, start_step, bad_samples)
+        cache = StemCache(self.model, config.speed.cache_gb) if config.speed.cache_gb else None
+        job = Job(config, world, self.batch, *parts, out, run, start_step, bad_samples, cache)
         log = None
         if world.rank == 0:
             print(_opening(job), flush=True)
@@ -188,8 +195,9 @@ def _opening(job: Job) -> str:
     )
     lines.append(_learning(job))
     decoding = describe_decoding(job.shards, world.device, job.loader_options()["workers"])
-    attention = attention_backend(world.device, biased=job.model.biased_attention)
-    lines.append(f"decoding by {decoding}; attention by {attention}")
+    attention = attention_backend(world.device, biased=job.model.biased_attention, backend=config.speed.attention)
+    speed = describe_speed(config.speed, world.device)
+    lines.append(f"decoding by {decoding}; attention by {attention}{speed and '; '}{speed}")
     if batch.total > job.shards.num_kept:
         lines.append(
             f"a step of {batch.total} clips is more than the {job.shards.num_kept} samples: they repeat within it, and "

@@ -362,7 +362,7 @@ def test_temporal_embedding_comes_before_ln_pre_on_every_token(kind: str) -> Non
         tokens = tokens + backbone.temporal_embedding.view(1, 4, 1, 128)
         if kind == "clip":
             tokens = F.layer_norm(tokens, (128,), backbone.ln_pre.weight, backbone.ln_pre.bias, 1e-5)
-        torch.testing.assert_close(backbone.embed(frames), tokens, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(backbone.add_time(backbone.stem(frames)), tokens, atol=1e-5, rtol=1e-5)
 
 
 def test_head_takes_the_mean_of_normed_class_tokens() -> None:
@@ -374,7 +374,7 @@ def test_head_takes_the_mean_of_normed_class_tokens() -> None:
     mask = 2.0 * torch.randint(0, 2, (2, 128), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         output, norm = headless(clips()), model.backbone.ln_post
-        normed = F.layer_norm(last[0][:, :, 0], (128,), norm.weight, norm.bias, norm.eps)
+        normed = F.layer_norm(last[-1][:, :, 0], (128,), norm.weight, norm.bias, norm.eps)
         torch.testing.assert_close(output, normed.transpose(1, 2)[..., None, None])
         features = normed.mean(dim=1)
         assert model.cls_head is not None

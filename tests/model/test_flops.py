@@ -15,10 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import flops
-from model.flops import Cost, WithoutData, count_cost
+from model.flops import Cost, WithoutData, count_cost, device_peak
 from model.geometry import ImageTower, SwinGeometry, ViTGeometry
 from model.layers import Linear
-from model.methods import create
+from model.methods import METHODS, create
+from model.speed import SpeedOptions, speed_up
 from model.video import VideoModel
 from tests.blank_models import CLIP_B, CLIP_L, IN21K_B, SWIN_B, blank_model
 
@@ -69,9 +70,10 @@ def test_layer_norms_add_a_thousandth() -> None:
         assert 3 * (cost.gmac + cost.layer_norm) == pytest.approx(total, abs=0.06)
 
 
-def small(method: str, geometry: ViTGeometry | SwinGeometry) -> VideoModel:
+def small(method: str, geometry: ViTGeometry | SwinGeometry, **options: Any) -> VideoModel:
     torch.manual_seed(0)
-    return create(method, ImageTower(geometry, {}), num_classes=7, num_frames=4)
+    chosen = METHODS[method].options(**options)
+    return create(method, ImageTower(geometry, {}), num_classes=7, num_frames=4, options=chosen)
 
 
 SMALL = [("aim", VIT), ("timesformer", VIT), ("timesformer_clip", VIT), ("aim", SWIN), ("video_swin", SWIN)]
@@ -86,6 +88,49 @@ def test_a_real_forward_pass_has_as_many(method: str, geometry: ViTGeometry | Sw
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(frames)
     assert round(count_cost(model).gmac * 1e9) == counter.get_total_flops() // 2
+
+
+TRAINED = [
+    *((method, geometry, {}) for method, geometry in SMALL),
+    ("finetuned", VIT, {}),
+    ("frozen", VIT, {}),
+    ("aim", VIT, {"positions": "top 1"}),
+    ("aim", VIT, {"positions": "top 1", "adapters": ("spatial", "joint")}),  # nothing trains below the last block
+    ("aim", SWIN, {"adapters": ("joint",)}),
+]
+
+
+@pytest.mark.parametrize(("method", "geometry", "options"), TRAINED)
+def test_a_real_training_step_has_as_many(
+    method: str, geometry: ViTGeometry | SwinGeometry, options: dict[str, Any]
+) -> None:
+    model = small(method, geometry, **options).train()
+    size = geometry.image_size
+    frames = torch.zeros(1, 4, size, size, 3, dtype=torch.uint8)
+    masks = {name: torch.ones(1, *p.shape) for name, p in model.random_masks.items()}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(frames, masks).sum().backward()
+    assert round(count_cost(model).training_gmac * 1e9) == counter.get_total_flops() // 2
+
+
+def test_frozen_weights_and_what_lies_below_the_lowest_adapter_cost_no_gradients() -> None:
+    """By the geometry: per token a block has 12 D² multiply-adds of frozen layers, an adapter 2 D · D/4."""
+    classes, frames, tokens, width, layers = 7, 4, 17, 128, 3
+    head = classes * width
+    frozen = count_cost(small("frozen", VIT))
+    assert round((frozen.training_gmac - frozen.gmac) * 1e9) == 2 * head  # to its weights, and to the norm below
+    tuned = count_cost(small("finetuned", VIT))
+    stem = frames * (tokens - 1) * width * 3 * 16**2
+    assert round((tuned.training_gmac - 3 * tuned.gmac) * 1e9) == -stem  # pixels need no gradient
+    one_adapter = {"adapters": ("joint",)}
+    everywhere, top = (count_cost(small("aim", VIT, **one_adapter, positions=p)) for p in ("all", "top 1"))
+    adapter = frames * tokens * width**2 // 2
+    assert round((top.training_gmac - top.gmac) * 1e9) == 2 * adapter + 2 * head - adapter // 2  # frozen is its input
+    block = frames * tokens * (12 * width**2 + 2 * tokens * width)
+    backward = round((everywhere.training_gmac - everywhere.gmac) * 1e9)
+    below = layers - 1  # gradients go through all of these but to the input of the lowest adapter
+    attention_again = frames * tokens**2 * 2 * width  # both products have two inputs that need a gradient
+    assert backward == 2 * head + 2 * layers * adapter - adapter // 2 + below * (block + attention_again)
 
 
 @pytest.mark.parametrize(("method", "geometry"), SMALL)
@@ -127,7 +172,9 @@ def test_any_method_is_counted_to_the_last_byte() -> None:
     assert cost.kept_bytes == 2 * in_bfloat16 + 4 * in_float32
     assert cost.copied_bytes == 2 * 16 * 8  # the second layer's weight, through which the gradient goes
     frozen = count_cost(TwoLayers(frozen=True), clips)
-    assert frozen == Cost(cost.gmac, 0, 4 * clips * 8, 0)  # the head's input: nothing below it needs a gradient
+    assert frozen == Cost(
+        cost.gmac, 0, 4 * clips * 8, 0, cost.gmac + clips * 8 * 5 / 1e9
+    )  # the head's input: nothing below it needs a gradient
 
 
 def test_memory_grows_with_the_clips_and_copies_do_not() -> None:
@@ -182,6 +229,23 @@ def test_adapters_save_weights_and_not_activations() -> None:
     assert top.kept_bytes == bottom.kept_bytes
 
 
+def test_what_is_counted_is_the_model_however_it_is_sped_up() -> None:
+    model = small("aim", VIT)
+    plain = count_cost(model)
+    model.set_compute_dtype(torch.bfloat16)
+    speed_up(model, SpeedOptions(attention="short", checkpoint_blocks=-1, compile="off", fp8=True), torch.device("cpu"))
+    recorded = model.blocks[0].graphed = Recorded()
+    assert count_cost(model) == plain
+    assert model.blocks[0].graphed is recorded and model.blocks[1].checkpointed
+
+
+class Recorded:
+    """Stands for a CUDA graph, which cannot be copied."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recorded:
+        raise AssertionError("a recorded graph is copied")
+
+
 def test_counting_leaves_the_model_as_it_was() -> None:
     model = small("aim", VIT).eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -201,3 +265,34 @@ def test_models_without_data_are_the_same_models() -> None:
     shapes = [[(n, p.shape, p.dtype, p.requires_grad) for n, p in m.named_parameters()] for m in (blank, model)]
     assert shapes[0] == shapes[1]
     assert count_cost(blank) == count_cost(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "bf16", "fp8"),
+    [
+        ("NVIDIA H200", 989, 1979),
+        ("NVIDIA H100 80GB HBM3", 989, 1979),
+        ("NVIDIA H100 PCIe", 756, 1513),
+        ("NVIDIA A100-SXM4-80GB", 312, None),
+        ("NVIDIA A100 80GB PCIe", 312, None),
+        ("NVIDIA L4", 121, 242),
+        ("NVIDIA L40S", 362, 733),
+        ("NVIDIA GeForce RTX 4090", 165, 330),
+        ("Tesla V100-SXM2-16GB", None, None),
+        ("NVIDIA L40", None, None),
+        ("NVIDIA H100 NVL", None, None),
+        ("NVIDIA H200 NVL", None, None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None, None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None, None),
+        ("NVIDIA GeForce RTX 4090 D", None, None),
+    ],
+)
+def test_peaks_are_those_of_the_data_sheets(
+    name: str, bf16: int | None, fp8: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    cuda = torch.device("cuda", 0)
+    stated = [device_peak(cuda, dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
+    assert stated == [None if tera is None else tera * 1e12 for tera in (bf16, fp8)]
+    assert device_peak(cuda, torch.float32) is None
+    assert device_peak(torch.device("cpu"), torch.bfloat16) is None

@@ -100,7 +100,7 @@ def test_the_form_with_a_class_token_a_frame_is_plain_attention_of_torch(geometr
     model, batch = busy(TimeSformerCLIP, geometry), clips()
     vit = model.backbone
     with torch.no_grad():
-        x = torch.stack([vit.embed(clip[None])[0] for clip in batch])  # [B, T, N, D]
+        x = torch.stack([vit.add_time(vit.stem(clip[None]))[0] for clip in batch])  # [B, T, N, D]
         for block in vit.transformer.resblocks:
             over_time = torch_attention(block.t_attn, block.t_norm(x).transpose(1, 2)).transpose(1, 2)
             x = x + block.T_Adapter(over_time)

@@ -55,7 +55,8 @@ def test_masters_and_adam_state_are_those_of_plain_adamw(precision: str, clippin
         for _ in range(ACCUMULATION):
             frames = torch.randint(0, 256, (2, 2, 48, 48, 3), dtype=torch.uint8, generator=generator)
             labels = torch.randint(0, 3, (2,), generator=generator)
-            engine.learn(F.cross_entropy(engine(frames, {}), labels), lr)
+            engine.backward(F.cross_entropy(engine(frames, {}), labels))
+            engine.update(lr)
             (F.cross_entropy(reference(frames), labels) / ACCUMULATION).backward()
         gradients = [p.grad for p in reference.parameters() if p.grad is not None]
         assert {g.dtype for g in gradients} == {torch.float32}
@@ -65,7 +66,7 @@ def test_masters_and_adam_state_are_those_of_plain_adamw(precision: str, clippin
             group["lr"] = lr
         plain.step()
         plain.zero_grad()
-        assert_equal_parameters(model, reference, exactly=not clipping)
+        assert_equal_parameters(model, reference, (2e-4 if bf16 else 1e-5) if clipping else 0.0)
         states = zip(engine.optimizer.state.values(), plain.state.values(), strict=True)
         for ours, theirs in states:
             assert ours["step"].item() == theirs["step"].item() == step + 1
@@ -77,8 +78,9 @@ def test_masters_and_adam_state_are_those_of_plain_adamw(precision: str, clippin
     assert trained == {torch.float32} and frozen == {torch.bfloat16 if bf16 else torch.float32}
 
 
-def assert_equal_parameters(a: torch.nn.Module, b: torch.nn.Module, *, exactly: bool = True) -> None:
-    tolerance = 0.0 if exactly else 1e-5  # DeepSpeed's clipping sums the norm in another order
+def assert_equal_parameters(a: torch.nn.Module, b: torch.nn.Module, tolerance: float = 0.0) -> None:
+    """A tolerance is for clipping: DeepSpeed's sums the norm in another order, and now and then that turns a weight to
+    the next bfloat16."""
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=name)
 
@@ -91,7 +93,8 @@ def test_the_backbone_may_learn_more_slowly_than_the_head() -> None:
     engine = Engine(start_world(), model, settings, document, Batch(total=2, micro=2, accumulation=1))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     frames = torch.randint(0, 256, (2, 2, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    engine.learn(F.cross_entropy(engine(frames, {}), torch.tensor([0, 2])), 1e-3)
+    engine.backward(F.cross_entropy(engine(frames, {}), torch.tensor([0, 2])))
+    engine.update(1e-3)
     moved = {name: (p - before[name]).abs().max().item() for name, p in model.named_parameters() if p.requires_grad}
     assert moved["cls_head.fc_cls.weight"] == pytest.approx(1e-3, rel=1e-2)
     assert moved["backbone.ln_post.weight"] == pytest.approx(1e-4, rel=1e-2)
@@ -110,7 +113,8 @@ def test_every_method_takes_a_step_in_bfloat16_and_leaves_what_is_frozen(method:
     drawn = draw_masks(0, [Turn(0, 0), Turn(1, 0)], {name: p.numpy() for name, p in model.random_masks.items()})
     frames = torch.randint(0, 256, (2, 2, 48, 48, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     loss = F.cross_entropy(engine(frames, {n: torch.from_numpy(m) for n, m in drawn.items()}), torch.tensor([0, 2]))
-    engine.learn(loss, 1e-3)
+    engine.backward(loss)
+    engine.update(1e-3)
     assert loss.isfinite() and not torch.equal(model.cls_head.fc_cls.weight, head)
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
     assert all(p.isfinite().all() and p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
