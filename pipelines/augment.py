@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from pipelines.plan import ClipPlan, MixPlan, Region
 
@@ -37,8 +40,9 @@ def augment_clips(frames: Tensor, plans: Sequence[ClipPlan], fill: Tensor) -> No
     for clip, plan in zip(frames, plans, strict=True):
         if plan.ops:
             moved = clip.permute(0, 3, 1, 2)
-            for name, amount in plan.ops:
-                moved = operations()[name](moved, amount, fill)
+            with PinnedNumbers() if frames.is_cuda else nullcontext():
+                for name, amount in plan.ops:
+                    moved = operations()[name](moved, amount, fill)
             clip.copy_(moved.permute(0, 2, 3, 1))
         if plan.erase is not None:
             rows, columns = _pixels(plan.erase, clip.shape[1])
@@ -96,6 +100,20 @@ def operations() -> Mapping[str, Operation]:
         "translate_x": lambda frames, share, fill: _move(frames, fill, translate=(share, 0.0)),
         "translate_y": lambda frames, share, fill: _move(frames, fill, translate=(0.0, share)),
     }
+
+
+class PinnedNumbers(TorchFunctionMode):
+    """Inside, tensors made of numbers reach the device without the host waiting for it: torchvision makes small ones
+    for moves and sharpening."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is not torch.tensor or given.get("device") is None:
+            return func(*args, **given)
+        device = given.pop("device")
+        return func(*args, **given).pin_memory().to(device, non_blocking=True)
 
 
 def _raise_channel(frames: Tensor, channel: int, levels: float) -> Tensor:

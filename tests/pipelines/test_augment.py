@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
-from pipelines.augment import CLIP_MEAN, augment_clips, mix_clips, operations
+from pipelines.augment import CLIP_MEAN, PinnedNumbers, augment_clips, mix_clips, operations
 from pipelines.plan import (
     CHANNELS,
     COLOUR_JITTER,
@@ -242,6 +242,24 @@ def test_plans_without_augmentation_leave_pixels_alone() -> None:
     before = frames.clone()
     augment_clips(frames, [plan_clip(make_sample(), Turn(5, epoch), 0, ClipOptions()) for epoch in range(2)], FILL)
     assert torch.equal(frames, before) and plan_mix(0, 0, ClipOptions()) is None
+
+
+def test_numbers_go_to_a_device_through_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchvision makes of numbers inside is copied without waiting, and is the same."""
+    pinned: list[torch.Tensor] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    clips = make_clips(1)
+    for name in ("rotate", "sharpness"):
+        expected = operations()[name](clips[0].permute(0, 3, 1, 2), 0.5, FILL)
+        with PinnedNumbers():
+            torch.testing.assert_close(operations()[name](clips[0].permute(0, 3, 1, 2), 0.5, FILL), expected)
+        assert pinned and all(tensor.numel() <= 9 for tensor in pinned)
+        pinned.clear()
 
 
 @pytest.mark.gpu
