@@ -46,7 +46,7 @@ class _Quantisers(NamedTuple):
     x265_crf: float
 
 
-# Linear in between. Measured on the 20 sources of tools/bench_sources.py (natural video, 340 × 256, 432 kb/s) at every
+# Linear in between. Measured on the 20 sources of tools/bench_pipeline.py (natural video, 340 × 256, 432 kb/s) at every
 # 4th frame, in RGB against the source frames scaled alike; bytes as a part of the source's as JPEG, H.264 and HEVC:
 # 100 → 45.6 dB, 3.39, 2.16, 1.82; 90 → 41.3 dB, 1.70, 1.00, 0.88; 80 → 39.5 dB, 1.35, 0.75, 0.64; 75 → 38.9 dB, 1.24,
 # 0.68, 0.58; 50 → 36.6 dB, 0.91, 0.46, 0.37; 15 → 32.4 dB, 0.52, 0.22, 0.16; 1 → 30.6 dB, 0.42, 0.15, 0.11. At every

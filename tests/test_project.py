@@ -34,12 +34,17 @@ DOORS: dict[str, set[str]] = {
     "nvidia.dali": {"pipelines/dali.py"},
     "av": {
         *("pipelines/video.py", "pipelines/encode.py", "pipelines/colour.py"),
-        *("tools/make_motion_videos.py", "tools/bench_sources.py"),  # which write source videos
-        *("tools/bench_contenders.py", "tools/bench_packing.py"),  # rivals
+        *("tools/make_motion_videos.py", "tools/parts/bench_sources.py"),  # which write source videos
+        *("tools/parts/bench_contenders.py", "tools/bench_packing.py"),  # rivals
     },
     "cv2": {
         *("pipelines/decode.py", "pipelines/colour.py"),
-        *("tools/bench_contenders.py", "tools/bench_pipeline.py", "tools/bench_checks.py", "tools/bench_sources.py"),
+        *(
+            "tools/parts/bench_contenders.py",
+            "tools/bench_pipeline.py",
+            "tools/parts/bench_checks.py",
+            "tools/parts/bench_sources.py",
+        ),
     },
     "open_clip": {"model/open_clip_models.py", "tools/pretrain_clip.py"},  # the tool pretrains with it
     "timm": {"model/timm_models.py"},
@@ -48,7 +53,7 @@ DOORS: dict[str, set[str]] = {
     "xformers": {"model/attention.py"},
     "deepspeed": {"train/engine.py"},
     "fsspec": {"pipelines/remote.py"},
-    **{rival: {"tools/bench_contenders.py"} for rival in ("decord", "torchcodec", "webdataset")},
+    **{rival: {"tools/parts/bench_contenders.py"} for rival in ("decord", "torchcodec", "webdataset")},
 }
 
 

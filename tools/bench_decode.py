@@ -48,7 +48,7 @@ from pipelines.mp4 import wrap_packets
 from pipelines.plan import ClipOptions, Order, plan_clip, train_turns
 from pipelines.read import ClipRequest, ShardReader, request_clip
 from pipelines.shards import ShardSet, write_durably
-from tools.bench_sources import make_sources, pack
+from tools.parts.bench_sources import make_sources, pack
 
 PROFILES = ("jpeg", "h264", "hevc")
 OPTIONS = ClipOptions(num_frames=8, sampling="dense", interval=16)

@@ -50,9 +50,9 @@ from pipelines.cli import run_cli
 from pipelines.encode import DEFAULT_QUALITY, library_versions
 from pipelines.machine import cpu_seconds, installed_versions, processor_name, wait_for_rest
 from pipelines.shards import write_durably
-from tools.bench_checks import frames_decoded, same_clips, stored_quality
-from tools.bench_contenders import BATCH, CONTENDERS, SAMPLINGS, SIZE, NotAvailable, Setup, check_decord
-from tools.bench_sources import HEIGHT, WIDTH, make_sources, pack
+from tools.parts.bench_checks import frames_decoded, same_clips, stored_quality
+from tools.parts.bench_contenders import BATCH, CONTENDERS, SAMPLINGS, SIZE, NotAvailable, Setup, check_decord
+from tools.parts.bench_sources import HEIGHT, WIDTH, make_sources, pack
 
 CASES = tuple(f"{profile}_{sampling}" for profile in ("jpeg", "h264") for sampling in SAMPLINGS)
 PACKAGES = ("torch", "numpy", "nvidia-dali-cuda130", "decord", "torchcodec", "webdataset")

@@ -50,8 +50,8 @@ from pipelines.read import ClipRequest, request_clip
 from pipelines.shards import PROFILES, EncodedVideo, Sample, ShardSet, ShardWriter, write_durably, write_manifest
 from pipelines.source_files import SourceFiles, is_video
 from pipelines.video import VideoError, file_frames
-from tools.bench_sources import scaled
 from tools.make_shards import SHORT_SIDE
+from tools.parts.bench_sources import scaled
 
 PSNR_FRAMES = 12  # of each stored video
 PLANNED_CLIPS = 32  # of each video, on which `repeats` and `uneven` are judged

@@ -38,8 +38,8 @@ if not __package__:  # started as a script: the project's root, not tools/, is w
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from pipelines.cli import run_cli
-from tools.gpu_goals import judge_goals
-from tools.gpu_markdown import markdown, summary
+from tools.parts.gpu_goals import judge_goals
+from tools.parts.gpu_markdown import markdown, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 NOT_ON_GPU = "no CUDA device was used: nothing in this report was measured on a GPU"

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from pipelines.cli import run_cli
-from tools.shapes import SHAPES, Floats, Scenes, draw, generator, random_looks
+from tools.parts.shapes import SHAPES, Floats, Scenes, draw, generator, random_looks
 
 PAIRS = (
     ("moves_right", "moves_left"),

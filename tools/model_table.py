@@ -44,7 +44,7 @@ from model.geometry import RANDOM_WEIGHTS, ImageTower, SwinGeometry
 from model.methods import METHODS, create
 from model.parameters import count_parameters
 from pipelines.cli import run_cli
-from tools.published import CLIP_B, CLIP_L, IN21K_B, KINETICS400, SWIN_B, TABLES, Published, Rebuilt
+from tools.parts.published import CLIP_B, CLIP_L, IN21K_B, KINETICS400, SWIN_B, TABLES, Published, Rebuilt
 
 BACKBONES = {
     "ViT-B-32-quickgelu": ("ViT-B/32", "CLIP"),

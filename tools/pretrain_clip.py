@@ -1,6 +1,6 @@
 """Pretrain the demo's tiny CLIP from nothing on drawn stills with captions (`make pretrain`).
 
-How: every step draws a fresh batch (tools/shapes.py), writes one caption per picture, and trains
+How: every step draws a fresh batch (tools/parts/shapes.py), writes one caption per picture, and trains
 open_clip's own model, tokenizer and contrastive loss on the pairs. Beside its whole caption every
 picture has to find, attribute by attribute, its word among short captions: with whole captions
 alone, colour and place tell a batch apart and orientation was at chance after 1,600 steps.
@@ -38,7 +38,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from pipelines.cli import run_cli
-from tools.shapes import (
+from tools.parts.shapes import (
     COLOURS,
     RADIUS_RANGE,
     SHAPES,

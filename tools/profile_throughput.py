@@ -62,7 +62,7 @@ from pipelines.machine import (
 )
 from pipelines.read import ClipRequest
 from pipelines.shards import write_durably
-from tools.throughput_measure import (
+from tools.parts.throughput_measure import (
     STAGES,
     Phase,
     Rig,
@@ -78,8 +78,8 @@ from tools.throughput_measure import (
     time_reading,
     trace_steps,
 )
-from tools.throughput_report import Facts, draw, judge, table
-from tools.throughput_search import batch_lines, check_dimensions, largest_batch, sweep, sweep_table
+from tools.parts.throughput_report import Facts, draw, judge, table
+from tools.parts.throughput_search import batch_lines, check_dimensions, largest_batch, sweep, sweep_table
 from train.resolve import load_config, resolve_batch
 from train.start import prepare
 from train.step import MicroBatch

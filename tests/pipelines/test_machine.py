@@ -66,3 +66,13 @@ def test_peak_memory_is_forgotten_when_asked() -> None:
     assert high - peak_memory(os.getpid()) > 0.9 * size
     assert high > size and available_memory() > 0
     assert peak_memory(2**22 + 1) == 0, "no such process"
+
+
+def test_cpu_time_of_children_counts() -> None:
+    burn = "import time\nwhile time.process_time() < 0.3: pass\ninput()"
+    before = cpu_seconds()
+    with subprocess.Popen([sys.executable, "-S", "-c", burn], stdin=subprocess.PIPE) as child:
+        while cpu_seconds() - before < 0.3:  # it runs, and has not been waited for
+            time.sleep(0.01)
+        child.communicate(b"\n")
+    assert 0.3 <= cpu_seconds() - before < 1.0  # nothing is lost when it ends

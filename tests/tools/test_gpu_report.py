@@ -15,8 +15,8 @@ from PIL import Image
 from tests.shell import shell_environment
 from tools import gpu_machine, gpu_report
 from tools.bench_step import check_variant
-from tools.gpu_goals import BASELINE, EQUAL_FRAMES, GOALS, NO_LEAKS, judge, judge_goals
 from tools.gpu_report import NOT_ON_GPU, Part, main, read_junit, require_packages, run_part
+from tools.parts.gpu_goals import BASELINE, EQUAL_FRAMES, GOALS, NO_LEAKS, judge, judge_goals
 from tools.profile_throughput import parse_arguments
 from train.resolve import load_config
 

@@ -22,7 +22,7 @@ from tools.make_motion_videos import (
     sampled_frames,
     scenes_of,
 )
-from tools.shapes import draw
+from tools.parts.shapes import draw
 
 COUNTS = {"train": 16, "val": 16}
 

@@ -24,7 +24,7 @@ from tools.model_table import (
     record,
     text_tables,
 )
-from tools.published import CLIP_B, IN21K_B, SWIN_B, TABLES, Published
+from tools.parts.published import CLIP_B, IN21K_B, SWIN_B, TABLES, Published
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS_FILE = ROOT.parent / "shared" / "reference" / "methods.md"

@@ -17,10 +17,18 @@ from PIL import Image
 from pipelines.read import ClipRequest
 from tests.sets import make_set
 from tests.shell import shell_environment
+from tools.parts.throughput_measure import Phase, Round, Stages, frames_decoded
+from tools.parts.throughput_report import Facts, judge, table, wrap
+from tools.parts.throughput_search import (
+    _around,
+    batch_lines,
+    check_dimensions,
+    choose,
+    largest_that,
+    lines_for,
+    sweep_table,
+)
 from tools.profile_throughput import main
-from tools.throughput_measure import Phase, Round, Stages, frames_decoded
-from tools.throughput_report import Facts, judge, table, wrap
-from tools.throughput_search import _around, batch_lines, check_dimensions, choose, largest_that, lines_for, sweep_table
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {

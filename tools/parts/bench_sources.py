@@ -30,7 +30,7 @@ from pipelines.shards import write_durably
 from pipelines.video import open_video
 
 WIDTH, HEIGHT, FPS = 340, 256, 30
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NATURAL = ROOT.parent / "shared" / "clips"
 LONG_CLIPS = (
     *("adapt-image-models__demo.mp4", "adapt-image-models__test.mp4", "decord__flipping_a_pancake.mkv"),

@@ -31,7 +31,7 @@ from pipelines.plan import ClipOptions, ClipPlan, Order, plan_clip, train_turns
 from pipelines.read import ClipRequest, ShardReader, request_clip
 from pipelines.shards import Sample, ShardSet
 from pipelines.video import packet_frames, stored_planes
-from tools.bench_sources import HEIGHT, WIDTH
+from tools.parts.bench_sources import HEIGHT, WIDTH
 
 Frames = NDArray[np.uint8]
 """[T, H, W, 3] or one of them, RGB."""

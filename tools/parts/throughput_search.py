@@ -13,8 +13,8 @@ import torch
 
 from pipelines.loader import decodes_on_gpu
 from pipelines.machine import available_memory, forget_peak_memory, peak_memory
-from tools.throughput_measure import Rig, Stages, measure_loader, measure_whole
-from tools.throughput_report import wrap
+from tools.parts.throughput_measure import Rig, Stages, measure_loader, measure_whole
+from tools.parts.throughput_report import wrap
 from train.config import Batch
 from train.step import MicroBatch
 

@@ -19,7 +19,8 @@ from pipelines.decode import IMAGES_A_RUN
 from pipelines.plan import ClipPlan
 from pipelines.read import ShardReader, request_clip
 from pipelines.video import decode_file
-from tools.bench_contenders import (
+from tools.estimate_profile import psnr
+from tools.parts.bench_contenders import (
     PLANNED,
     Setup,
     crop_and_flip,
@@ -31,8 +32,7 @@ from tools.bench_contenders import (
     sliced,
     source_of,
 )
-from tools.bench_sources import keyframes_of, scaled
-from tools.estimate_profile import psnr
+from tools.parts.bench_sources import keyframes_of, scaled
 
 CHECKED_BATCHES = 2
 SAME_DB = 30.0  # what one frame and another of the same video differ by is less than 25 dB
