@@ -22,6 +22,7 @@ NOT_RUN = {
     "make demo": "its quick version is run by tests/tools/test_run_demo.py",
     "python tools/bench_pipeline.py": "tests/tools/test_bench_pipeline.py runs it with fewer, shorter clips",
     "python tools/run_ablation.py ladder positions ratio --seeds 0,1,2": "test_run_ablation.py runs two rows",
+    "python tools/gpu_report.py --out runs/gpu_report": "tests/tools/test_gpu_report.py runs its reduced form",
     "make test": "is what runs this test",
     "make setup": "ran before this test could",
     "source .venv/bin/activate": "the tests already run inside that environment",
@@ -31,6 +32,8 @@ SHORT = TINY + "--set schedule.epochs=1 --set schedule.warmup_epochs=0"
 SMALLER = {
     "deepspeed train/main.py --recipe my_videos": SHORT,
     "deepspeed train/main.py --recipe my_videos --resume": SHORT,
+    "python tools/profile_throughput.py --recipe my_videos --shards data/my_videos": TINY + "--rounds 1 --seconds 0.2",
+    "python tools/bench_step.py --model tiny-clip": "--clips 1 --rounds 1 --no-compile",
     "python tools/view_clips.py data/my_videos --out clips.png": "--set model.name=tiny-clip",
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from model.aim import AIMOptions
 from model.geometry import ViTGeometry
 from model.methods import METHODS
 from pipelines.plan import Turn, draw_masks
+from tests.train.runs import FP32, metrics, run_here, trace
 from train import engine as engine_module
 from train.build import build_model
 from train.config import Batch, ModelConfig, OptimizerConfig
@@ -168,3 +170,22 @@ def test_build_that_was_cut_off_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     os.utime(lock, (old, old))
     with pytest.raises(ValueError, match="was cut off; delete"):
         start_world()
+
+
+@pytest.mark.parametrize(
+    ("setting", "tolerance"),
+    [('speed.compile="on"', 1e-4), ("speed.checkpoint_blocks=-1", 0.0)],
+    ids=["compiled", "computed twice"],
+)
+def test_a_run_learns_the_same_however_its_steps_are_computed(
+    packed: Path, tmp_path: Path, setting: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DeepSpeed, evaluations included; of the compiler all but the making of kernels."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    settings = (FP32, "schedule.epochs=2", "train.eval_every=1")
+    run_here(packed, tmp_path / "plain", *settings)
+    run_here(packed, tmp_path / "other", *settings, setting)
+    losses = [[entry["loss"] for entry in trace(tmp_path / name)] for name in ("plain", "other")]
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance, abs=0)
+    tops = [[line["loss"] for line in metrics(tmp_path / name, "eval")] for name in ("plain", "other")]
+    assert tops[1] == pytest.approx(tops[0], rel=10 * tolerance, abs=0)
