@@ -197,7 +197,8 @@ def format_of(description: Mapping[str, Any]) -> Format:
         name = method if geometry["ln_pre"] and not geometry["patch_bias"] else ""
     else:
         name = method
-    if name not in FORMATS or options.get("temporal_weights", "reuse") != "reuse":
+    published = {"temporal_weights": "reuse", "temporal_embedding": "input"}
+    if name not in FORMATS or any(options.get(key, value) != value for key, value in published.items()):
         raise ValueError(
             f"no published format holds a model of method {method} like this one: its image model, or its options, are "
             f"others than in {', '.join(FORMATS)}"

@@ -101,21 +101,26 @@ def speed_up(model: VideoModel, options: SpeedOptions, device: torch.device) -> 
 
 
 def compiles(options: SpeedOptions, device: torch.device) -> bool:
-    """Whether blocks are compiled there."""
-    if options.compile == "on" or (options.compile == "auto" and device.type == "cuda"):
-        compiler = "gcc" if device.type == "cuda" else "c++"
-        if shutil.which(compiler):
-            return True
-        if options.compile == "on":
-            raise ValueError(f'speed.compile = "on" needs a compiler ({compiler}), and there is none: install g++')
-    return False
+    """Whether blocks are compiled there; ValueError where they should be and cannot."""
+    missing = _missing_compiler(device)
+    if options.compile == "on" and missing:
+        raise ValueError(f'speed.compile = "on" needs a compiler ({missing}), and there is none: install g++')
+    return options.compile == "on" or (options.compile == "auto" and device.type == "cuda" and not missing)
+
+
+def _missing_compiler(device: torch.device) -> str:
+    """The compiler that torch.compile would call and that is not there; empty where it is."""
+    compiler = "gcc" if device.type == "cuda" else "c++"
+    return "" if shutil.which(compiler) else compiler
 
 
 def describe_speed(options: SpeedOptions, device: torch.device) -> str:
     """What of it is on, for the log; empty where nothing is."""
+    lacks = options.compile == "auto" and device.type == "cuda" and _missing_compiler(device)
     recomputed = "all" if options.checkpoint_blocks == ALL_BLOCKS else str(options.checkpoint_blocks)
     parts = {
         "blocks compiled (the first step takes a minute longer)": compiles(options, device),
+        f"blocks not compiled, for there is no {lacks}": bool(lacks),
         f"activations of {recomputed} blocks computed twice": options.checkpoint_blocks != 0,
         "CUDA graphs": options.cuda_graphs,
         "products with frozen weights in FP8": options.fp8,

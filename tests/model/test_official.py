@@ -213,8 +213,11 @@ def test_a_model_without_a_published_format_has_no_official_names() -> None:
     _, reading = read(official_files.aim_clip())
     description = reading.description
     assert official.format_of(description).name == "aim_clip"
-    by_text = {**description, "options": {**description["options"], "temporal_weights": "text"}}
+    by_text, late = (
+        {**description, "options": {**description["options"], **changed}}
+        for changed in ({"temporal_weights": "text"}, {"temporal_embedding": "adapters"})
+    )
     strange = {**description, "geometry": {**description["geometry"], "patch_bias": True}}
-    for other in (by_text, strange):
+    for other in (by_text, late, strange):
         with pytest.raises(ValueError, match="no published format"):
             official.format_of(other)

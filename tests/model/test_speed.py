@@ -270,6 +270,7 @@ def test_compilation_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not compiles(SpeedOptions(), CPU) and compiles(SpeedOptions(), torch.device("cuda"))
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert not compiles(SpeedOptions(), torch.device("cuda"))
+    assert describe_speed(SpeedOptions(), torch.device("cuda")) == "blocks not compiled, for there is no gcc"
     with pytest.raises(ValueError, match="needs a compiler"):
         compiles(SpeedOptions(compile="on"), CPU)
 
