@@ -39,6 +39,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from model.speed import SpeedOptions, speed_up
 from pipelines.cli import one_of_several, run_cli
 from pipelines.loader import default_workers
 from pipelines.machine import installed_versions, processor_name
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     world.agree(_failure_of_making(out) if world.rank == 0 else None)
     if bf16:
         trained.model.set_compute_dtype(torch.bfloat16)
-    trained.model.to(world.device)
+    speed_up(trained.model.to(world.device), speed := for_evaluation(trained.config.speed, bf16), world.device)
 
     start, micro_batch = time.monotonic(), arguments.batch or trained.micro_batch
     clips = len(shards) * options.num_views
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             **{"shards": str(location), "split": shards.split, "fingerprint": shards.fingerprint},
             **{"views": views, "averaging": arguments.average, "precision": precision},
             **{"num_frames": options.num_frames, "sampling": options.sampling, "interval": options.interval},
-            **{"world_size": world.size, "micro_batch": micro_batch},
+            **{"world_size": world.size, "micro_batch": micro_batch, "speed": dataclasses.asdict(speed)},
             **{"seconds": round(seconds, 1), "clips_per_s": round(clips / seconds, 2)},
             "device": torch.cuda.get_device_name() if world.device.type == "cuda" else processor_name(),
             "packages": installed_versions(PACKAGES),
@@ -115,6 +116,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{shards.folder}, split {shards.split}, {views} views, {precision}: {metrics_text(metrics)}")
         print(out, flush=True)
     return 0
+
+
+def for_evaluation(speed: SpeedOptions, bf16: bool) -> SpeedOptions:
+    """Of a run's ways to compute a step those that matter here: blocks are compiled only where that was asked for (few
+    clips do not earn the minute that it takes), and in float32 nothing is computed in 8 bits."""
+    compiled = "on" if speed.compile == "on" else "off"
+    return SpeedOptions(attention=speed.attention, compile=compiled, fp8=speed.fp8 and bf16)
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -131,7 +139,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="A.B=C",
-        help="change one key of the run's recipe; of a converted checkpoint data.…, ds.… and model.…",
+        help="change one key of the run's recipe; of a converted checkpoint data.…, ds.…, model.… and speed.…",
     )
     precision = parser.add_mutually_exclusive_group()
     for name, what in (("bf16", "bfloat16"), ("fp32", "float32")):

@@ -119,12 +119,12 @@ def _open_converted(path: Path, overrides: Iterable[str]) -> Trained:
         keys, value = parse_override(override)
         if keys[0] == "model" and len(keys) == 2:
             settings[keys[1]] = value
-        elif keys[0] in ("data", "ds"):
+        elif keys[0] in ("data", "ds", "speed"):
             others[".".join(keys)] = override
         else:
             raise ValueError(
                 f"--set {override}: {path} is converted, and no training's; of it can be set model.X (the settings of "
-                "model.load), data.X and ds.X"
+                "model.load), data.X, speed.X and ds.X"
             )
     stored = checkpoints.with_settings(checkpoints.read_folder(path), settings)
     loaded = checkpoints.model_of(stored)

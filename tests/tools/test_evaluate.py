@@ -118,6 +118,16 @@ def test_bf16_is_within_a_sample_of_fp32(run: Path, tmp_path: Path) -> None:
     assert abs(scores(tmp_path / "bf16")["top1"] - scores(tmp_path / "fp32")["top1"]) < 1.5 / 13
 
 
+def test_it_is_computed_as_the_run_was_but_for_what_only_training_needs(run: Path, tmp_path: Path) -> None:
+    eight = ["--set", "speed.fp8=true", "--set", "speed.checkpoint_blocks=-1"]
+    for name, more in (("bf16", []), ("bf16", eight), ("fp32", eight)):
+        assert main([str(run), f"--{name}", *more, "--out", str(tmp_path / f"{name}{len(more)}")]) == 0
+    used = facts(tmp_path / "bf164")["speed"]
+    assert used["fp8"] and used["checkpoint_blocks"] == 0 and not facts(tmp_path / "fp324")["speed"]["fp8"]
+    plain, rounded = answers(tmp_path / "bf160"), answers(tmp_path / "bf164")
+    assert 0 < np.abs(plain - rounded).max() < 0.2 * np.abs(plain).max()
+
+
 def test_averaging_and_settings_can_be_chosen(run: Path, packed: Path, tmp_path: Path) -> None:
     assert main([str(run), "--average", "logits", "--split", "train", "--views", "2x3"]) == 0
     assert np.abs(answers(run / "evaluation-000005-train-2x3-logits-fp32") - answers(run)).max() > 1e-3
