@@ -10,8 +10,9 @@ which (data.fraction_seed).
 
 A run is known by all its settings and by the shards' fingerprint: rows of several ablations that agree are trained
 once, the same command goes on where it was stopped, and other settings never meet old results. For each ablation
-OUT/NAME.json, .md and .png hold the table: parameters, top-1 of every seed, mean, deviation and range, and beside them
-the published numbers, which are of another data set and model. On two CPU cores a run takes one to two minutes.
+OUT/NAME.json, .md and .png hold the table: parameters, clips/s in training (the median over seeds; worth comparing only
+if nothing else ran), top-1 of every seed, mean, deviation and range, and beside them the published numbers, which are
+of another data set and model. On two CPU cores a run takes one to two minutes.
 """
 
 from __future__ import annotations
@@ -299,6 +300,12 @@ def top1(folder: Path) -> float:
     return float(read_metrics(folder, "eval")[-1]["top1"])
 
 
+def clips_per_s(folder: Path) -> float | None:
+    """Of a finished run's training steps since it was last started; None where those were too few to measure."""
+    pace = read_metrics(folder, "end")[-1]["clips_per_s"]
+    return None if pace is None else round(pace, 2)
+
+
 def make_table(
     ablation: Ablation, seeds: Sequence[int], runs: Mapping[tuple[Row, int], Run], folder: Path
 ) -> dict[str, Any]:
@@ -316,6 +323,7 @@ def make_table(
                 "parameters": facts[0]["parameters"] if facts else None,
                 "training_clips": facts[0]["samples"] if facts else None,
                 "top1": summarise({seed: top1(path) for seed, path in finished.items()}),
+                "clips_per_s": {seed: clips_per_s(path) for seed, path in finished.items()},
                 "published": row.published,
                 "runs": {seed: path.name for seed, path in finished.items()},
             }
@@ -362,6 +370,7 @@ def markdown(table: Mapping[str, Any]) -> str:
         "parameters",
         "trainable",
         "clips",
+        "clips/s",
         "top-1 %, mean ± std",
         "min–max",
         f"seeds {', '.join(map(str, seeds))}",
@@ -370,15 +379,16 @@ def markdown(table: Mapping[str, Any]) -> str:
     head += [f"published: {published}"] if published else []
     lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
     for row in table["rows"]:
-        cells = [row["name"], "–", "–", "–", "–", "–", "–"]
+        cells = [row["name"], *["–"] * 7]
         if row["top1"] is not None:
-            result = row["top1"]
+            result, paces = row["top1"], [pace for pace in row["clips_per_s"].values() if pace is not None]
             spread = "" if result["std"] is None else f" ± {100 * result['std']:.1f}"
             each = [f"{100 * result['seeds'][seed]:.1f}" if seed in result["seeds"] else "–" for seed in seeds]
             cells[1:] = [
                 f"{row['parameters']['total']:,}",
                 f"{row['parameters']['trainable']:,}",
                 f"{row['training_clips']:,}",
+                f"{statistics.median(paces):.0f}" if paces else "–",
                 f"{100 * result['mean']:.1f}{spread}",
                 f"{100 * result['min']:.1f}–{100 * result['max']:.1f}",
                 ", ".join(each),

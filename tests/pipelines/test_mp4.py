@@ -78,5 +78,4 @@ def test_ffmpeg_gives_the_packets_back(codec: str, size: tuple[int, int]) -> Non
         packets = [packet for packet in container.demux(stream) if packet.size]
         assert [bytes(packet) for packet in packets] == PACKETS
         assert [packet.pts for packet in packets] == [packet.dts for packet in packets] == [0, 1, 2]
-        assert [packet.is_keyframe for packet in packets] == [True, False, False]
         assert context.extradata == EXTRADATA

@@ -144,9 +144,10 @@ def test_arithmetic_of_the_table() -> None:
 
 def test_table_for_people() -> None:
     row = {"name": "a", "parameters": {"total": 12345, "trainable": 678}, "training_clips": 1600, "published": 83.9}
+    row["clips_per_s"] = {0: 100.0, 1: None, 5: 140.4}
     table = {"title": "T", "published_are_of": "K", "seeds": [0, 1, 5]}
     text = markdown(table | {"rows": [row | {"top1": summarise({0: 0.5, 5: 0.75})}]})
-    assert "| a | 12,345 | 678 | 1,600 | 62.5 ± 17.7 | 50.0–75.0 | 50.0, –, 75.0 | 83.9 |" in text
+    assert "| a | 12,345 | 678 | 1,600 | 120 | 62.5 ± 17.7 | 50.0–75.0 | 50.0, –, 75.0 | 83.9 |" in text
     assert "published: K" in text and "not measured here" in text
     without = markdown(table | {"published_are_of": "", "rows": [row | {"top1": summarise({0: 0.5})}]})
     assert "| 50.0 | 50.0–50.0 | 50.0, –, – |\n" in without and "published" not in without
@@ -155,7 +156,7 @@ def test_table_for_people() -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["laddr"], "no such ablation: laddr; train/recipes/ablations has components, data_efficiency, ladder"),
+        (["laddr"], "no such ablation: laddr; train/recipes/ablations has cheaper, components, data_efficiency, ladder"),
         (["ladder", "--seeds", "0,0"], "--seeds 0,0: give different whole numbers"),
         (["ladder", "--seeds", "a"], "--seeds a: give different whole numbers"),
         (["ladder", "--set", "train.seed=1"], "this program sets train.seed; use --seeds"),
