@@ -24,12 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import BACKENDS
+from model.attention import BACKENDS, attention_backend
 from model.fp8 import fp8_obstacle, use_fp8
 from model.video import VideoModel
 
 SWITCHES = ("auto", "on", "off")
 ALL_BLOCKS = -1
+MAX_FORMS = 64
+"""Graphs of one function that the compiler keeps: it gives up at 8, and a Swin of four stages, whose blocks are all the
+same code, has twice that in training and evaluation."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class SpeedOptions:
     """Whether the products with frozen weights are computed in 8 bits (see `model.fp8`). It costs accuracy."""
     cache_gb: float = 0.0
     """GB of memory, in each process, for what the frozen part before the first trained weight makes of clips, so that a
-    clip that comes again is neither decoded nor computed there: those of evaluations, and all with data.fixed_views."""
+    clip that comes again is neither decoded nor computed there: those of evaluations, and all with data.fixed_views. Of
+    several processes each keeps what it met: a training clip comes back to another one more often than not."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("attention", BACKENDS), ("compile", SWITCHES)):
@@ -93,11 +97,21 @@ def speed_up(model: VideoModel, options: SpeedOptions, device: torch.device) -> 
         use_fp8(model)
     for block in blocks[: None if options.checkpoint_blocks == ALL_BLOCKS else options.checkpoint_blocks]:
         block.checkpointed = True  # type: ignore[assignment]
-    for block in blocks:
-        if compiles(options, device):
+    attention_backend(device, biased=model.biased_attention, backend=options.attention)  # may be none of this device
+    if compiles(options, device):
+        torch._dynamo.config.recompile_limit = MAX_FORMS
+        for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
-        if options.cuda_graphs:
+    if options.cuda_graphs:
+        for block in blocks:
             block.graphed = _Graphed(block)  # type: ignore[assignment]
+
+
+def record_graphs(model: VideoModel, clips: int) -> None:
+    """Has the CUDA graphs of micro-batches of so many clips recorded, while no other thread uses the device."""
+    device, size = model.pixel_mean.device, model.geometry.image_size
+    frames = torch.zeros((clips, model.num_frames, size, size, 3), dtype=torch.uint8, device=device)
+    model(frames, {name: torch.ones((clips, *p.shape), device=device) for name, p in model.random_masks.items()})
 
 
 def compiles(options: SpeedOptions, device: torch.device) -> bool:
@@ -156,6 +170,9 @@ class _Graphed:
         if self._shapes is None:
             samples = tuple(value.detach().clone().requires_grad_(value.requires_grad) for value in inputs)
             torch.cuda.make_graphed_callables(self._shell, samples)
+            for parameter in self._shell.parameters():
+                if parameter.requires_grad:  # its gradient comes in memory that the next replay overwrites
+                    parameter.register_hook(Tensor.clone)
             self._shapes = shapes
         return self._shell(*inputs) if shapes == self._shapes else self._shell.block(*inputs)
 

@@ -136,7 +136,8 @@ class VideoModel(nn.Module):
         """uint8 frames [B, T, H, W, 3] → tokens [B, T, N, D] before the first weight that trains, which `forward` takes
         instead of the frames. Only where there is a frozen stem."""
         assert self.has_frozen_stem
-        with torch.autocast(frames.device.type, enabled=False):
+        # Not compiled: what is new differs in number from batch to batch, and each would be another graph.
+        with torch.autocast(frames.device.type, enabled=False), torch.compiler.set_stance("force_eager"):
             tokens: Tensor = self.backbone.stem(self.prepare(frames))  # type: ignore[operator]
         return tokens
 

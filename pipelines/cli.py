@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -31,6 +32,14 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         status = 2
     sys.exit(status)
+
+
+def writable(path: Path, option: str) -> Path:
+    """A file that an option names and that is written at the end; ValueError, before any work, where it cannot be."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise ValueError(f"{option} {path}: {what}; name a file in a folder that exists")
+    return path
 
 
 def one_of_several(main: Callable[[], int | None]) -> int:

@@ -506,11 +506,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def write_durably(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash it is there whole or not at all: temporary name, fsync, rename, fsync."""
     part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -33,7 +33,7 @@ SMALLER = {
     "deepspeed train/main.py --recipe my_videos": SHORT,
     "deepspeed train/main.py --recipe my_videos --resume": SHORT,
     "python tools/profile_throughput.py --recipe my_videos --shards data/my_videos": TINY + "--rounds 1 --seconds 0.2",
-    "python tools/bench_step.py --model tiny-clip": "--clips 1 --rounds 1 --no-compile",
+    "python tools/bench_step.py --model tiny-clip --layers 4 --clips 32": "--clips 1 --rounds 1 --no-compile",
     "python tools/view_clips.py data/my_videos --out clips.png": "--set model.name=tiny-clip",
 }
 

@@ -38,7 +38,7 @@ if not __package__:  # started as a script: the project's root, not tools/, is w
 import numpy as np
 import torch
 
-from pipelines.cli import run_cli
+from pipelines.cli import run_cli, writable
 from pipelines.dali import JpegCropper, VideoCropper
 from pipelines.decode import ClipDecoder
 from pipelines.encode import DEFAULT_QUALITY
@@ -319,6 +319,8 @@ def _parse_args() -> argparse.Namespace:
     add("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     add("--seconds", type=float, default=1.0, metavar="S", help="of a measurement, at least (default: %(default)g)")
     args = parser.parse_args()
+    if args.json:
+        writable(args.json, "--json")
     if args.workers is None:
         args.workers = default_workers(1, "cuda" if torch.cuda.is_available() else "cpu")
     for name, numbers in {**vars(args), "batches": min(args.batches)}.items():

@@ -68,7 +68,7 @@ from model.geometry import RANDOM_WEIGHTS, ImageTower, ViTGeometry
 from model.methods import create
 from model.speed import ALL_BLOCKS, SpeedOptions, speed_up
 from model.video import VideoModel
-from pipelines.cli import run_cli
+from pipelines.cli import run_cli, writable
 from pipelines.machine import installed_versions, processor_name
 from pipelines.shards import write_durably
 
@@ -603,6 +603,8 @@ def _parse_args() -> argparse.Namespace:
     add("--quick", action="store_true", help="the tiny CLIP, 2 clips, 2 rounds: a rehearsal of seconds")
     add("--json", type=Path, metavar="FILE", help="write the JSON object there too")
     args = parser.parse_args()
+    if args.json:
+        writable(args.json, "--json")
     if args.quick:
         args.model, args.clips, args.rounds = "tiny-clip", 2, 2
     for name in ("layers", "frames", "clips", "rounds"):

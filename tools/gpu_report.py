@@ -99,7 +99,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="gpu_report-") as folder:
         work = Path(folder)
         machine = run_part(machine_part(work, args.reduced), log, deadline)
-        on_gpu = bool((machine.result or {}).get("gpu")) and not args.reduced
+        if machine.result is None:
+            raise ValueError(
+                f"what the machine is could not be found out ({machine.status}): {' '.join(machine.said[-3:])}"
+            )
+        on_gpu = bool(machine.result.get("gpu")) and not args.reduced
         print("measuring on " + machine.result["gpu"]["name"] if on_gpu else NOT_ON_GPU, flush=True)
         outcomes = {"machine": machine}
         for part in plan_parts(work, on_gpu):
@@ -138,7 +142,7 @@ def _is_there(module: str) -> bool:
 def machine_part(work: Path, reduced: bool) -> Part:
     result = work / "machine.json"
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if reduced else {}
-    return Part("machine", "the machine", ["tools/gpu_machine.py", str(result)], result, 60.0, 0.0, hidden)
+    return Part("machine", "the machine", ["tools/gpu_machine.py", str(result)], result, 150.0, 0.0, hidden)
 
 
 def plan_parts(work: Path, on_gpu: bool) -> list[Part]:

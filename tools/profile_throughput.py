@@ -13,9 +13,9 @@ a sentence on what bounds the run and the keys to turn. Loader and model alone s
 the slower of them, on a CPU, where they share the cores, one after the other; the report says whether that was reached.
 
 --out writes report.json and timeline.png (where each millisecond of a step goes); the last line of the output is the
-same JSON. --trace writes a Chrome trace of three steps (chrome://tracing, Perfetto). --sweep tries decode workers,
-batches decoded ahead and micro-batch sizes and prints the lines to put into the recipe and the DeepSpeed file;
---max-batch looks for the largest micro-batch that fits.
+same JSON, unless that goes to a terminal. --trace writes a Chrome trace of three steps (chrome://tracing, Perfetto).
+--sweep tries decode workers, batches decoded ahead and micro-batch sizes and prints the lines to put into the recipe
+and the DeepSpeed file; --max-batch looks for the largest micro-batch that fits (compiled blocks are compiled for each).
 
 It measures one process, which takes the whole step; data lie in the page cache after the first round, so a slow disk
 shows only where the set is larger than memory. A cache of the stem (speed.cache_gb) is left out. The demo takes about a
@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 from model.flops import device_peak
 from model.speed import compiles
-from pipelines.cli import one_of_several, run_cli
+from pipelines.cli import one_of_several, run_cli, writable
 from pipelines.loader import ClipBatch, ClipLoader
 from pipelines.machine import (
     command_line,
@@ -129,11 +129,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             f"--seconds {arguments.seconds:g}, --rounds {arguments.rounds}: allowed are more than 0 seconds, up to an "
             "hour, and 1 to 1000 rounds"
         )
-    for path in (arguments.json, arguments.trace):
-        if path and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent} to write it into")
+    for path, option in ((arguments.json, "--json"), (arguments.trace, "--trace")):
+        if path:
+            writable(path, option)
     if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"--out {arguments.out} is not a folder")
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("this program measures one process: start it with python, not with deepspeed or torchrun")
     return arguments
@@ -423,12 +425,12 @@ def _publish(document: dict[str, Any], arguments: argparse.Namespace) -> None:
             print("\n" + "\n".join(lines(document[name])))
     text = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         draw(document, arguments.out / "timeline.png")
     for path in (arguments.json, arguments.out and arguments.out / "report.json"):
         if path:
             write_durably(path, text)
-    print(json.dumps(document, ensure_ascii=False))
+    if not sys.stdout.isatty():  # for machines
+        print(json.dumps(document, ensure_ascii=False))
 
 
 if __name__ == "__main__":

@@ -180,6 +180,17 @@ class Engine:
         self._engine.step()
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor there; on a CPU, or where it is already, itself.
+
+    To CUDA it goes by way of pinned memory: then the host waits for nothing but its own copy, and the tensor's memory
+    may be used again at once.
+    """
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _choose_device(local_rank: int, local_size: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

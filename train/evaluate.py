@@ -26,7 +26,7 @@ from model.video import VideoModel
 from pipelines.loader import BadSample, ClipLoader
 from pipelines.plan import eval_turns
 from pipelines.shards import ShardSet, write_durably
-from train.engine import World
+from train.engine import World, to_device
 from train.loss import clip_loss
 from train.stem_cache import StemCache
 
@@ -198,7 +198,7 @@ def evaluate(
         try:
             for batch in loader:
                 rows = torch.tensor([turn.sample_id for turn in batch.turns])[batch.valid].to(world.device)
-                clips = batch.frames.to(world.device, non_blocking=True)
+                clips = to_device(batch.frames, world.device)
                 if cache is not None:
                     clips = cache.tokens(shards.split, clips, batch.plans)
                 logits = model(clips)[batch.valid.to(world.device)].double()

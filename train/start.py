@@ -19,7 +19,7 @@ import torch
 
 from model.attention import attention_backend
 from model.parameters import count_parameters, parameter_table
-from model.speed import describe_speed, speed_up
+from model.speed import describe_speed, record_graphs, speed_up
 from model.video import VideoModel
 from pipelines.loader import describe_decoding
 from pipelines.machine import installed_versions, processor_name
@@ -68,7 +68,10 @@ class Prepared:
         if self.config.bf16:
             self.model.set_compute_dtype(torch.bfloat16)
         speed_up(self.model.to(world.device), self.config.speed, world.device)
-        return Engine(world, self.model, self.config.optimizer, self.config.deepspeed, self.batch)
+        engine = Engine(world, self.model, self.config.optimizer, self.config.deepspeed, self.batch)
+        if self.config.speed.cuda_graphs:  # before a loader's thread decodes on the device
+            record_graphs(self.model, self.batch.micro)
+        return engine
 
     def _train(self, world: World, engine: Engine, command: Sequence[str]) -> None:
         config, out = self.config, Path(self.config.run.out)

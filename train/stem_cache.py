@@ -17,6 +17,7 @@ from torch import Tensor
 
 from model.video import VideoModel
 from pipelines.plan import ClipPlan
+from train.engine import to_device
 
 Key = tuple[str, int, tuple[int, ...], tuple[int, int, int, int], bool]
 """Split, sample, stored frames, box, flip: all that decides the pixels of a clip that is not augmented."""
@@ -45,7 +46,7 @@ class StemCache:
         self.hits += len(keys) - len(new)
         computed = dict(zip(new, self._model.stem(frames[new]), strict=True)) if new else {}
         rows = [
-            computed[row] if row in computed else self._kept[key].to(frames.device, non_blocking=True)
+            computed[row] if row in computed else to_device(self._kept[key], frames.device)
             for row, key in enumerate(keys)
         ]
         for row, tokens in computed.items():
@@ -56,7 +57,7 @@ class StemCache:
         _, sample_id, *_ = key
         size = tokens.numel() * tokens.element_size()
         if sample_id >= 0 and size <= self._room:
-            self._kept[key] = tokens.cpu().clone()
+            self._kept[key] = tokens.clone() if tokens.device.type == "cpu" else tokens.cpu()
             self._room -= size
 
 

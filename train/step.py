@@ -19,7 +19,7 @@ from pipelines.loader import ClipBatch
 from pipelines.plan import ClipPlan, MixPlan, draw_masks
 from pipelines.shards import ShardSet
 from train.config import Config
-from train.engine import Engine
+from train.engine import Engine, to_device
 from train.loss import clip_loss, soft_targets
 from train.stem_cache import StemCache
 
@@ -58,12 +58,11 @@ class Step:
         self._mean_colour = model.pixel_mean.round().to(device, torch.uint8)
 
     def to_device(self, clips: ClipBatch) -> MicroBatch:
-        """Begins to copy a batch, whose memory may be used again when the next one is fetched."""
+        """Begins to copy a batch; its masks are drawn."""
         drawn = draw_masks(self._config.train.seed, clips.turns, self._probabilities)
-        arrays = {"frames": clips.frames, "targets": clips.labels}
-        arrays |= {name: torch.from_numpy(mask) for name, mask in drawn.items()}
-        there = {name: array.to(self._device, non_blocking=True) for name, array in arrays.items()}
-        return MicroBatch(there.pop("frames"), there.pop("targets"), there, clips.plans)
+        masks = {name: to_device(torch.from_numpy(mask), self._device) for name, mask in drawn.items()}
+        frames, targets = to_device(clips.frames, self._device), to_device(clips.labels, self._device)
+        return MicroBatch(frames, targets, masks, clips.plans)
 
     def augment(self, batch: MicroBatch, mix: MixPlan | None) -> None:
         """Does to the clips what was planned."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -29,9 +30,9 @@ def raising(error: BaseException) -> Callable[[], None]:
 
 def ended(main: Callable[[], int | None]) -> object:
     """The exit status."""
-    with pytest.raises(SystemExit) as exit:
+    with pytest.raises(SystemExit) as stop:
         run_cli(main)
-    return exit.value.code
+    return stop.value.code
 
 
 @pytest.mark.parametrize(("returned", "status"), [(None, 0), (0, 0), (3, 3)])
@@ -76,7 +77,8 @@ def test_an_interrupted_program_says_so_and_an_exit_is_left_alone(capsys: pytest
 
 @pytest.mark.parametrize("lines", [1, 100_000])
 def test_a_reader_that_goes_away_is_no_error(lines: int) -> None:
-    """One line is written only when the program ends; many while it runs."""
+    """One line is written only when the program ends, for a pipe is buffered; many while it runs."""
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     program = (
         "import sys; from pipelines.cli import run_cli\n"
         f"run_cli(lambda: [sys.stdin.read(), *(print('line') for _ in range({lines}))] and None)"
@@ -84,6 +86,7 @@ def test_a_reader_that_goes_away_is_no_error(lines: int) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", program],
         cwd=ROOT,
+        env=buffered,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -69,7 +70,7 @@ def test_a_walk_follows_links_but_no_loop_and_enters_nothing_hidden(tmp_path: Pa
     (source / "a" / "deep" / "here").symlink_to(source / "a" / "deep")
     (source / "again").symlink_to(source / "a" / "deep")  # another way to it is no loop
     (source / "broken").symlink_to(tmp_path / "nothing")
-    found = list(files.walk(""))
+    found = list(islice(files.walk(""), 100))  # in a loop it would never end
     below = ["a/1.mp4", "a/2.mp4", "a/deep/3.mp4"]
     assert sorted(found) == sorted(["b.mp4", *below, "again/3.mp4", "disk/far/c.mp4"])
     assert [path for path in found if path.startswith("a/")] == below
@@ -89,7 +90,9 @@ def test_a_path_that_leaves_the_folder_is_refused(tmp_path: Path, path: str) -> 
 
 
 def test_a_file_is_found_as_listed_or_below_the_folder_of_its_split(tmp_path: Path) -> None:
-    files = tree(tmp_path, "run/a.mp4", "train_256/run/b.mp4", "val/run/b.mp4", "val/run/a.mp4", "trainval/run/c.mp4")
+    files = tree(
+        tmp_path, "run/a.mp4", "train_256/run/b.mp4", "val/run/b.mp4", "val/run/a.mp4", "train_and_val/run/c.mp4"
+    )
     assert file(files, "run/a.mp4") == "run/a.mp4"
     assert file(files, "run//./a.mp4") == "run/a.mp4"
     assert not files.found_in

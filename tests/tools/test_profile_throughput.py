@@ -235,7 +235,7 @@ def test_the_slower_of_two_bounds() -> None:
 def test_levers_of_the_loader() -> None:
     video = judge(replace(FAST_MODEL, profile="h264", decoded_per_used=3.4, oversize=2.0))
     assert video.levers[0].startswith("pack with --profile jpeg: h264 decodes 3.40 frames")
-    assert video.levers[1].startswith("pack with a smaller --size: stored frames are 2.0 ×")
+    assert video.levers[1].startswith("pack with a smaller --short-side: stored frames are 2.0 ×")
     assert "faster disk" in judge(replace(FAST_MODEL, workers_busy=1.0)).levers[0]
     assert judge(replace(FAST_MODEL, workers=8, workers_busy=7.9)).levers == ("more cores: decoding has all of these",)
     assert "GPU" in judge(replace(FAST_MODEL, device="cuda", workers=0, workers_busy=0.0)).levers[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -86,13 +87,16 @@ def test_known_clips_are_not_decoded(packed: Path) -> None:
 
 def test_fixed_views_are_those_of_evaluation(packed: Path) -> None:
     shards = ShardSet.open(packed, "train")
-    options = ClipOptions(num_frames=4, sampling="uniform", fixed_views=True, flip=1.0, color_jitter=(0.4, 0.4, 0.4, 0))
-    fixed = plan_clip(shards[3], Turn(3, -1), 0, options)
+    options = ClipOptions(num_frames=4, sampling="uniform", fixed_views=True, flip=1.0, test_clips=3)
+    fixed = plan_clip(shards[3], Turn(3, -1), 0, replace(options, test_clips=1))
     for epoch in (0, 5):
         ours = plan_clip(shards[3], Turn(3, epoch), 1, options)
         assert (ours.stored, ours.box, ours.flip, ours.ops) == (fixed.stored, fixed.box, False, ())
-    with pytest.raises(ValueError, match=r"data\.fixed_views = true excludes data.mixup_alpha"):
-        ClipOptions(fixed_views=True, mixup_alpha=0.2)
+    for change in ({"mixup_alpha": 0.2}, {"rand_augment": (4.0, 7.0)}, {"color_jitter": (0.0, 0.4, 0.0, 0.0)}):
+        with pytest.raises(
+            ValueError, match=rf"data\.fixed_views = true leaves clips as they are, and data\.{next(iter(change))}"
+        ):
+            ClipOptions(fixed_views=True, **change)  # type: ignore[arg-type]
 
 
 def test_a_run_learns_the_same_from_memory(packed: Path, tmp_path: Path) -> None:

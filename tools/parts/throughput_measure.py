@@ -157,6 +157,13 @@ class Rig:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def forget(self) -> None:
+        """Frees what the last step left behind, which may have ended in its middle for want of memory."""
+        self._loss = torch.zeros(())
+        self.job.model.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def from_loader(self, loader: ClipLoader) -> Source:
         """Micro-batches as training has them."""
 

@@ -143,7 +143,9 @@ def _packing_levers(facts: Facts) -> tuple[str, ...]:
             f"pack with --profile jpeg: {facts.profile} decodes {facts.decoded_per_used:.2f} frames for each one used"
         )
     if facts.oversize > OVERSIZE:
-        levers.append(f"pack with a smaller --size: stored frames are {facts.oversize:.1f} × as wide as the model's")
+        levers.append(
+            f"pack with a smaller --short-side: stored frames are {facts.oversize:.1f} × as high or wide as the model's"
+        )
     return tuple(levers)
 
 
@@ -157,7 +159,7 @@ def _loader_levers(facts: Facts) -> tuple[str, ...]:
         )
     if facts.workers_busy < FULL * facts.workers:
         levers.append(
-            f"a faster disk, data.cache_dir on a local one, or an idle machine: {facts.workers} workers keep only "
+            f"a faster disk, or an idle machine: {facts.workers} workers keep only "
             f"{facts.workers_busy:.1f} cores busy, and wait the rest of the time"
         )
     if not levers:

@@ -126,6 +126,7 @@ def _sizes(rig: Rig) -> list[int]:
 
 def _set(rig: Rig, dimension: str, value: int) -> None:
     if dimension == "batch":
+        torch.compiler.reset()  # blocks of another size are other graphs
         rig.change(Batch(rig.batch.total, value, rig.batch.total // value))
     else:
         rig.change(data={KEYS[dimension]: value})
@@ -133,13 +134,13 @@ def _set(rig: Rig, dimension: str, value: int) -> None:
 
 def _try(rig: Rig, seconds: float) -> tuple[float, float] | None:
     """Clips/s of the loader alone and end to end; None where the GPU's memory does not suffice."""
-    with rig.job.train_loader() as loader:
-        try:
+    try:
+        with rig.job.train_loader() as loader:
             whole = measure_whole(rig, loader, seconds)
             return measure_loader(rig, loader, seconds).clips_per_s, whole.clips_per_s
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return None
+    except torch.cuda.OutOfMemoryError:
+        rig.forget()
+        return None
 
 
 def largest_batch(rig: Rig, clips: MicroBatch, tell: Callable[[str], None]) -> dict[str, Any]:
@@ -185,7 +186,7 @@ def _largest_by_trying(rig: Rig, clips: MicroBatch, unit: int, tell: Callable[[s
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
-            torch.cuda.empty_cache()
+            rig.forget()
 
     return {"largest": largest_that(fits, unit), "how": "tried on this GPU, to within an eighth"}
 
