@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import re
 import warnings
 import zipfile
@@ -45,7 +46,7 @@ def _refuse_program(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
             damaged = archive.testzip()  # torch.load does not look at the checksums
-    except (zipfile.BadZipFile, OSError, ValueError, RuntimeError, zlib.error) as error:
+    except (zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole PyTorch file: {error}") from error
     if damaged is not None:
         raise ValueError(f"{path} is not a whole PyTorch file: {damaged[:120]} is damaged; get the file again")
@@ -93,7 +94,8 @@ def _unwrapped(path: Path, document: Any) -> tuple[dict[str, Tensor], list[tuple
     for key, value in document.items():
         if not isinstance(key, str):
             raise ValueError(f"{path}: the key {str(key)[:80]!r} is no name")
-        if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        plain = isinstance(value, Tensor) and value.layout == torch.strided
+        if not plain or value.is_quantized or value.is_nested or value.is_meta:
             raise ValueError(f"{path}: {key[:80]} is no plain tensor, but {type(value).__name__}")
         if value.numel() * value.element_size() > file_bytes:
             raise ValueError(f"{path}: {key[:80]} claims the shape {list(value.shape)}, more than the file holds")

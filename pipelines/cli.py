@@ -19,7 +19,8 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """
     try:
         status = main() or 0
-        sys.stdout.flush()
+        if sys.stdout is not None:  # None: it was closed when we started
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         status = 130

@@ -46,6 +46,7 @@ class Converter:
     def convert(self, picture: av.VideoFrame) -> av.VideoFrame:
         """A new picture in `STORED_FORMAT`."""
         usual = picture.format.name in _USUAL_FORMATS
+        left = usual and self._chroma_is_left  # what was halved by us is centred
         y, u, v = self._scaled(picture, picture.format.name) if usual else self._half_size_chroma(picture)
         matrix, offset = _matrix_to_bt601(*_colours(picture), 1 if usual else 256)
         stored = av.VideoFrame(*self._size, STORED_FORMAT)
@@ -55,9 +56,9 @@ class Converter:
         if not any(matrix[0][1:]):  # the source's matrix is ours: luma needs luma alone, Cb Cb, and Cr Cr
             cv2.addWeighted(y, matrix[0][0], y, 0, offset[0], luma, cv2.CV_8U)
             for plane, row, target in ((u, 1, cb), (v, 2, cr)):
-                self._move_chroma(plane, matrix[row][row], offset[row], target)
+                _move_chroma(plane, left, matrix[row][row], offset[row], target)
         else:
-            u, v = (self._move_chroma(plane) for plane in (u, v))
+            u, v = (_move_chroma(plane, left) for plane in (u, v))
             tint = cv2.addWeighted(u, matrix[0][1], v, matrix[0][2], offset[0], dtype=cv2.CV_32F)
             tint = cv2.resize(tint, luma.shape[::-1], interpolation=cv2.INTER_LINEAR)
             cv2.addWeighted(y, matrix[0][0], tint, 1, 0, luma, cv2.CV_8U)
@@ -67,18 +68,6 @@ class Converter:
             for plane, upright in zip((luma, cb, cr), planes, strict=True):
                 upright[:] = self._orientation.apply(plane)
         return stored
-
-    def _move_chroma(
-        self, plane: NDArray[Any], gain: float = 1.0, offset: float = 0.0, target: NDArray[np.uint8] | None = None
-    ) -> NDArray[Any]:
-        """Chroma in its stored place, times `gain` plus `offset`; in 8 bits where a `target` takes it, else float."""
-        depth = cv2.CV_32F if target is None else cv2.CV_8U
-        if self._chroma_is_left:
-            border, kernel = cv2.BORDER_REPLICATE, _LEFT_TO_CENTRE * gain
-            moved = cv2.filter2D(plane, depth, kernel, target, anchor=(1, 0), delta=offset, borderType=border)
-        else:
-            moved = cv2.addWeighted(plane, gain, plane, 0, offset, target, depth)
-        return cast(NDArray[Any], moved)
 
     def _half_size_chroma(self, picture: av.VideoFrame) -> list[NDArray[Any]]:
         """Y [H, W], Cb and Cr [H / 2, W / 2], centred, in 16 bits and of any format."""
@@ -110,17 +99,31 @@ class Converter:
         planes = self._scaled(picture, picture.format.name)[1:]
         centred = self._half_size_chroma(picture)[1:]
         errors = []
-        for self._chroma_is_left in (True, False):
-            moved = [self._move_chroma(plane) for plane in planes]
+        for left in (True, False):
+            moved = [_move_chroma(plane, left) for plane in planes]
             errors.append(sum(float(np.abs(a - b / 256).mean()) for a, b in zip(moved, centred, strict=True)))
         return errors[0] <= errors[1]
+
+
+def _move_chroma(
+    plane: NDArray[Any], left: bool, gain: float = 1.0, offset: float = 0.0, target: NDArray[np.uint8] | None = None
+) -> NDArray[Any]:
+    """Chroma in its stored place, of a plane where it stands `left` or is centred already, times `gain` plus `offset`;
+    in 8 bits where a `target` takes it, else float."""
+    depth = cv2.CV_32F if target is None else cv2.CV_8U
+    if left:
+        border, kernel = cv2.BORDER_REPLICATE, _LEFT_TO_CENTRE * gain
+        moved = cv2.filter2D(plane, depth, kernel, target, anchor=(1, 0), delta=offset, borderType=border)
+    else:
+        moved = cv2.addWeighted(plane, gain, plane, 0, offset, target, depth)
+    return cast(NDArray[Any], moved)
 
 
 def _colours(picture: av.VideoFrame) -> tuple[str, bool]:
     """Matrix and full range of what `Converter._scaled` gives of a picture."""
     if picture.format.is_rgb:
         return "bt601", False
-    full = picture.color_range == ColorRange.JPEG or picture.format.name.startswith(("yuvj", "gray", "ya"))
+    full = picture.color_range == ColorRange.JPEG or picture.format.name.startswith("yuvj")
     return _MATRIX_OF_TAG.get(int(picture.colorspace), "bt601"), full
 
 

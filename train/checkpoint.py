@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ from train.config import Batch, Config
 
 FORMAT_VERSION = 1
 _NAME = re.compile(r"checkpoint-(\d{6,})")
+_READ = ("step", "run", "config", "micro_batch", "bad_samples")
 _ADAM = ("exp_avg", "exp_avg_sq", "step")
 _DEEPSPEED_KEYS = (
     "train_batch_size",
@@ -126,8 +128,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """state.json and the tensors, verified; ValueError or OSError names what is damaged."""
     try:
         document = json.loads((path / "state.json").read_bytes())
-        version, expected = document["format_version"], document["tensors_sha256"]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        version, expected, *_ = (document[name] for name in ("format_version", "tensors_sha256", *_READ))
+    except (KeyError, TypeError, RecursionError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path / 'state.json'} is damaged ({type(error).__name__}: {error}); delete {path} to use an earlier one"
         ) from error
@@ -136,7 +138,10 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     data = (path / "state.safetensors").read_bytes()
     if hashlib.sha256(data).hexdigest() != expected:
         raise ValueError(f"{path / 'state.safetensors'} is damaged (checksum); delete {path} to use an earlier one")
-    return document, load_tensors(data)
+    try:
+        return document, load_tensors(data)
+    except SafetensorError as error:
+        raise ValueError(f"{path / 'state.safetensors'} holds no tensors ({error}); delete {path}") from error
 
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

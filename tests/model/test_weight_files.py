@@ -186,3 +186,27 @@ def test_a_path_that_cannot_be_opened_is_the_systems_error(tmp_path: Path) -> No
     for path, error in ((tmp_path, IsADirectoryError), (tmp_path / "no", FileNotFoundError)):
         with pytest.raises(error, match=str(path)):
             read_tensors(path)
+
+
+def test_an_archive_whose_packing_is_broken_is_not_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a/data.pkl", bytes(range(256)) * 50)
+    data = bytearray(path.read_bytes())
+    data[60:90] = bytes(byte ^ 0xFF for byte in data[60:90])
+    path.write_bytes(data)
+    assert refusal(path).startswith(" is not a whole PyTorch file: ")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a/data.pkl", bytes(range(256)) * 50)
+    data = bytearray(path.read_bytes())
+    directory = data.rindex(b"PK\x01\x02")
+    struct.pack_into("<2I", data, directory + 20, 10**6, 10**6)  # more than the file has
+    path.write_bytes(data)
+    assert refusal(path).startswith(" is not a whole PyTorch file: ")
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+def test_tensors_without_plain_data_are_named(tmp_path: Path) -> None:
+    for odd in (torch.empty(3, device="meta"), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])):
+        torch.save({"a": odd}, tmp_path / "a.pth")
+        assert refusal(tmp_path / "a.pth") == ": a is no plain tensor, but Tensor"

@@ -125,3 +125,9 @@ def test_a_process_that_joined_others_leaves_them_in_order(joined: bool, monkeyp
     monkeypatch.setattr(dist, "destroy_process_group", lambda: left.append(True))
     assert [one_of_several(lambda: None), one_of_several(lambda: 4)] == [0, 4]
     assert left == [True, True] * joined
+
+
+def test_a_program_without_standard_output_still_ends_well() -> None:
+    code = "from pipelines.cli import run_cli\nrun_cli(lambda: None)"
+    shell = f"exec {sys.executable} -c '{code}' >&-"
+    assert subprocess.run(["bash", "-c", shell], cwd=ROOT, check=False).returncode == 0

@@ -95,7 +95,7 @@ def test_formats_without_chroma_planes(pix_fmt: str) -> None:
         frame.planes[1].update(palette.tobytes())
     else:
         frame = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format=pix_fmt)
-        frame.color_range = ColorRange.JPEG if pix_fmt == "gray" else ColorRange.UNSPECIFIED
+        frame.color_range = ColorRange.UNSPECIFIED
     grey = 0.299 * r + 0.587 * g + 0.114 * b
     expected = [grey, 128 + (b - grey) / 1.772, 128 + (r - grey) / 1.402]
     np.testing.assert_allclose(values(stored(frame)), expected, atol=1)
@@ -121,6 +121,7 @@ def test_what_is_stored_already_is_only_turned(turns: int, mirrored: bool) -> No
     [
         [("yuv420p", (64, 48)), ("yuv420p", SIZE), ("yuv420p", (16, 16)), ("yuv420p", (1024, 2))],
         [("yuv444p", (99, 33)), ("yuv444p10le", SIZE), ("yuv420p", (64, 48))],
+        [("yuv420p", (64, 48)), ("yuv420p10le", (16, 16)), ("yuv444p", SIZE)],
     ],
 )
 def test_one_converter_takes_pictures_of_several_sizes_and_formats(kinds: list[tuple[str, tuple[int, int]]]) -> None:

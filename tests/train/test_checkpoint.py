@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from safetensors.numpy import load_file
 
 from tests.sets import make_set
 from tests.train.runs import FP32, SCRIPT, arguments, metrics, run_here, start, trace
-from train.checkpoint import newest_checkpoint
+from train.checkpoint import newest_checkpoint, read_checkpoint
 
 SAVING = ("train.checkpoint_every=4", "train.keep=9", "train.log_every=2", "schedule.epochs=4", "optimizer.lr=0.003")
 STEPS = 13  # ceil(4 · 26 / 8): step 4 is in the middle of the second epoch
@@ -174,6 +176,33 @@ def test_damaged_checkpoint_is_named(packed: Path, tmp_path: Path, finished: dic
     with pytest.raises((ValueError, OSError)) as failure:
         run_here(packed, out, *SAVING, resume=True)
     assert "checkpoint-000004" in str(failure.value)
+
+
+def without(name: str) -> Callable[[dict[str, Any]], str]:
+    return lambda document: json.dumps({key: value for key, value in document.items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ("write", "tensors"),
+    [
+        (without("config"), None),
+        (without("step"), None),
+        (lambda document: "[" * 100_000, None),
+        (lambda document: json.dumps(document | {"tensors_sha256": sha256(b"no tensors").hexdigest()}), b"no tensors"),
+    ],
+    ids=["no config", "no step", "nested", "no tensors"],
+)
+def test_a_strangers_checkpoint_ends_in_one_line(
+    write: Callable[[dict[str, Any]], str], tensors: bytes | None, tmp_path: Path, finished: dict[str, Path]
+) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(finished["fp32"] / f"checkpoint-{STEPS:06d}", checkpoint)
+    document = json.loads((checkpoint / "state.json").read_text())
+    (checkpoint / "state.json").write_text(write(document))
+    if tensors is not None:
+        (checkpoint / "state.safetensors").write_bytes(tensors)
+    with pytest.raises(ValueError, match=r"is damaged|holds no tensors"):
+        read_checkpoint(checkpoint)
 
 
 def test_resume_without_checkpoint_starts_fresh_and_says_so(
