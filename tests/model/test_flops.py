@@ -233,7 +233,7 @@ def test_what_is_counted_is_the_model_however_it_is_sped_up() -> None:
     model = small("aim", VIT)
     plain = count_cost(model)
     model.set_compute_dtype(torch.bfloat16)
-    speed_up(model, SpeedOptions(attention="short", checkpoint_blocks=-1, compile="off", fp8=True), torch.device("cpu"))
+    speed_up(model, SpeedOptions(attention="sdpa", checkpoint_blocks=-1, compile="off", fp8=True), torch.device("cpu"))
     recorded = model.blocks[0].graphed = Recorded()
     assert count_cost(model) == plain
     assert model.blocks[0].graphed is recorded and model.blocks[1].checkpointed

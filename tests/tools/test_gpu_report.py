@@ -105,7 +105,9 @@ def test_a_part_that_takes_too_long_is_ended_and_may_write_what_it_has(tmp_path:
         "import subprocess, sys, time\n"
         f"child = subprocess.Popen([sys.executable, '-c', {deaf!r}], stdout=subprocess.PIPE)\n"
         "child.stdout.readline()\n"
-        "try: print('waiting for', child.pid, flush=True); time.sleep(60)\n"
+        "try:\n"
+        "    print('waiting for', child.pid, flush=True)\n"
+        "    while True: time.sleep(0.1)  # one long sleep would miss a signal that came just before it\n"
         f"except KeyboardInterrupt: {write}"
     )
     started = time.monotonic()
