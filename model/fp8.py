@@ -6,14 +6,13 @@
 
 A frozen weight is quantised once, tokens and gradients when they come, each by its largest value; sums, results and
 whatever trains stay as they are. One scale serves a whole tensor: the CPU's `torch._scaled_mm` takes no other, so what
-FP8 costs in accuracy can be measured without a GPU, and a scale for each row brings weights no nearer (they are off by
-2.62 instead of 2.65 %).
+FP8 costs in accuracy can be measured without a GPU.
 
-It costs accuracy: on AIM over the tiny CLIP, trained for minutes on clips of a moving square, logits are off by 1.3 %
-(bfloat16: 0.1 %), 1.4 % of 512 predictions change (0.2 %), and the gradient of what trains is off by 2.5 % (0.4 %). It
-costs 2 bytes of memory a weight, for two layouts beside the original. It gains speed alone, where products are large
-and quantising is fused with what comes before (torch.compile). On the CPU products are several times slower. Nothing
-here has been run on a GPU yet: whether it is faster there is not known.
+It costs accuracy: AIM on the demo's shapes loses a point (tools/results/ablation_cheaper.md). It costs 2 bytes of
+memory a weight, for two layouts beside the original. It can gain speed alone, where products are large and quantising
+is fused with what comes before (torch.compile). On the CPU a run takes three times as long
+(tools/results/ablation_cheaper_speed.json). Nothing here has been run on a GPU yet: whether it is faster there is not
+known.
 """
 
 from __future__ import annotations
