@@ -88,17 +88,19 @@ def speed_up(model: VideoModel, options: SpeedOptions, device: torch.device) -> 
         raise ValueError(
             f"speed.cache_gb = {options.cache_gb:g}: in this model all that computes trains, and nothing can be kept"
         )
+    if options.fp8 and (obstacle := fp8_obstacle(device)):
+        raise ValueError(f"speed.fp8 = true: {obstacle}")
+    attention_backend(device, biased=model.biased_attention, backend=options.attention)  # may be none of this device
+    compiled = compiles(options, device)
+
     for module in model.modules():
         if hasattr(module, "attention_backend"):
             setattr(module, "attention_backend", options.attention)  # noqa: B010 (no type says that it has one)
     if options.fp8:
-        if obstacle := fp8_obstacle(device):
-            raise ValueError(f"speed.fp8 = true: {obstacle}")
         use_fp8(model)
     for block in blocks[: None if options.checkpoint_blocks == ALL_BLOCKS else options.checkpoint_blocks]:
         block.checkpointed = True  # type: ignore[assignment]
-    attention_backend(device, biased=model.biased_attention, backend=options.attention)  # may be none of this device
-    if compiles(options, device):
+    if compiled:
         torch._dynamo.config.recompile_limit = MAX_FORMS
         for block in blocks:
             block.compile(fullgraph=True, dynamic=False)
@@ -138,6 +140,7 @@ def describe_speed(options: SpeedOptions, device: torch.device) -> str:
         f"activations of {recomputed} blocks computed twice": options.checkpoint_blocks != 0,
         "CUDA graphs": options.cuda_graphs,
         "products with frozen weights in FP8": options.fp8,
+        f"up to {options.cache_gb:g} GB of what the frozen part computes kept": options.cache_gb != 0,
     }
     return ", ".join(name for name, on in parts.items() if on)
 
