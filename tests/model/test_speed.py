@@ -89,9 +89,11 @@ def test_a_swin_of_four_stages_trains_and_evaluates_compiled(method: str, monkey
     geometry = SwinGeometry(width=16, depths=(2, 2, 2, 2), heads=(1, 1, 2, 2), window=2, image_size=64)
     model = create(method, ImageTower(geometry, {}), num_classes=3, num_frames=4)
     speed_up(model, SpeedOptions(compile="on"), CPU)
+    torch._dynamo.utils.counters.clear()
     step(model)
     with torch.no_grad():
         model(inputs(model)[0])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
 
 
 def test_blocks_of_a_kind_share_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,6 +298,7 @@ def test_the_log_says_what_is_on() -> None:
     assert describe_speed(SpeedOptions(), CPU) == ""
     said = describe_speed(SpeedOptions(compile="on", checkpoint_blocks=-1, fp8=True), CPU)
     assert "compiled" in said and "all blocks" in said and "FP8" in said
+    assert describe_speed(SpeedOptions(cache_gb=0.5), CPU) == "up to 0.5 GB of what the frozen part computes kept"
 
 
 def test_a_model_costs_the_same_however_it_is_computed() -> None:

@@ -93,3 +93,26 @@ def test_pauses_before_measuring_are_no_part_of_what_is_measured_but_of_all_paus
     hands.time += 2
     clock.step_done()
     assert clock.read().seconds == 2.0 and clock.paused_seconds == 40.0
+
+
+def test_clock_leaves_out_warmup_and_pauses() -> None:
+    time, waited = 0.0, 0.0
+    clock = Clock(8, lambda: waited, now=lambda: time)
+    for _ in range(WARMUP_STEPS):
+        time, waited = time + 100, waited + 50
+        with clock.paused():
+            time += 7
+        assert clock.read().clips_per_s is None
+        if clock.step_done():
+            clock.start_measuring()
+    for _ in range(4):
+        time, waited = time + 2, waited + 0.5
+        with clock.paused():
+            time += 1000
+        assert not clock.step_done()
+    pace = clock.read()
+    assert (pace.clips_per_s, pace.step_ms, pace.wait_ms, pace.wait_share) == (4.0, 2000.0, 500.0, 0.25)
+    assert clock.paused_seconds == 4 * 1000 + WARMUP_STEPS * 7
+    time, waited = time + 1, waited + 1
+    clock.step_done()
+    assert clock.read().since(pace).wait_share == 1.0

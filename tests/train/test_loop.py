@@ -19,7 +19,7 @@ from pipelines.subset import choose_fraction
 from tests.sets import make_set
 from tests.train.runs import FP32, launch, metrics, run_here, trace
 from train.checkpoint import identity
-from train.clock import WARMUP_STEPS, Clock
+from train.clock import WARMUP_STEPS
 from train.evaluate import evaluate
 from train.resolve import load_config
 
@@ -187,26 +187,3 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(packed: Path, 
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step \d+ .*: lower optimizer.lr"):
         run_here(packed, tmp_path / "run", "optimizer.lr=1e30", "schedule.warmup_epochs=0")
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-def test_clock_leaves_out_warmup_and_pauses() -> None:
-    time, waited = 0.0, 0.0
-    clock = Clock(8, lambda: waited, now=lambda: time)
-    for _ in range(WARMUP_STEPS):
-        time, waited = time + 100, waited + 50
-        with clock.paused():
-            time += 7
-        assert clock.read().clips_per_s is None
-        if clock.step_done():
-            clock.start_measuring()
-    for _ in range(4):
-        time, waited = time + 2, waited + 0.5
-        with clock.paused():
-            time += 1000
-        assert not clock.step_done()
-    pace = clock.read()
-    assert (pace.clips_per_s, pace.step_ms, pace.wait_ms, pace.wait_share) == (4.0, 2000.0, 500.0, 0.25)
-    assert clock.paused_seconds == 4 * 1000 + WARMUP_STEPS * 7
-    time, waited = time + 1, waited + 1
-    clock.step_done()
-    assert clock.read().since(pace).wait_share == 1.0

@@ -15,6 +15,7 @@ from pipelines.loader import NO_PLAN, ClipLoader
 from pipelines.plan import ClipOptions, ClipPlan, Turn, plan_clip
 from pipelines.shards import ShardSet
 from tests.train.runs import FP32, metrics, run_here, trace
+from train import start
 from train.build import build_model
 from train.config import ModelConfig
 from train.stem_cache import StemCache
@@ -99,11 +100,20 @@ def test_fixed_views_are_those_of_evaluation(packed: Path) -> None:
             ClipOptions(fixed_views=True, **change)  # type: ignore[arg-type]
 
 
-def test_a_run_learns_the_same_from_memory(packed: Path, tmp_path: Path) -> None:
-    """Frozen blocks, evaluations and a resumed run's first steps included."""
+def test_a_run_learns_the_same_from_memory(packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each clip is computed once in all epochs and evaluations, and the losses are the same."""
+    caches: list[StemCache] = []
+
+    def make(model: VideoModel, gigabytes: float) -> StemCache:
+        caches.append(StemCache(model, gigabytes))
+        return caches[-1]
+
+    monkeypatch.setattr(start, "StemCache", make)
     settings = (*TOP, "train.eval_every=1", "ds.train_batch_size=4", "ds.train_micro_batch_size_per_gpu=4")
     run_here(packed, tmp_path / "plain", *settings)
     run_here(packed, tmp_path / "cached", *settings, "speed.cache_gb=1")
+    (cache,) = caches
+    assert len(cache._kept) == 2 * 26 and cache.hits > 2 * 26
     plain, cached = trace(tmp_path / "plain"), trace(tmp_path / "cached")
     assert [entry["samples"] for entry in plain] == [entry["samples"] for entry in cached]
     np.testing.assert_allclose([e["loss"] for e in cached], [e["loss"] for e in plain], rtol=1e-5)
