@@ -68,7 +68,9 @@ def test_masters_and_adam_state_are_those_of_plain_adamw(precision: str, clippin
             group["lr"] = lr
         plain.step()
         plain.zero_grad()
-        assert_equal_parameters(model, reference, (2e-4 if bf16 else 1e-5) if clipping else 0.0)
+        assert_equal_parameters(model, reference, 1e-5 if clipping else 0.0)
+        # Each step is compared by itself: now and then a difference of 1e-9 turns a weight to the next bfloat16.
+        reference.load_state_dict(model.state_dict())
         states = zip(engine.optimizer.state.values(), plain.state.values(), strict=True)
         for ours, theirs in states:
             assert ours["step"].item() == theirs["step"].item() == step + 1
@@ -81,8 +83,7 @@ def test_masters_and_adam_state_are_those_of_plain_adamw(precision: str, clippin
 
 
 def assert_equal_parameters(a: torch.nn.Module, b: torch.nn.Module, tolerance: float = 0.0) -> None:
-    """A tolerance is for clipping: DeepSpeed's sums the norm in another order, and now and then that turns a weight to
-    the next bfloat16."""
+    """A tolerance is for clipping: DeepSpeed's sums the norm in another order."""
     for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance, msg=name)
 
