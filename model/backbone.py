@@ -31,7 +31,7 @@ def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", tex
             `.pth` or `.bin`, or OpenAI's archive of that model), or `none` for random weights: then the tower has no
             tensors, and what is built on it keeps the values it was constructed with.
         normalisation: a key of NORMALISATIONS; empty: what the weights were made with.
-        text_tower: also loads the text tower's weights; of a model without one, a ValueError.
+        text_tower: also loads the text tower's weights and geometry; of a model without one, a ValueError.
 
     Raises:
         ValueError: unknown name or tag, weights that cannot be had, an activation that does not fit the weights, or a
@@ -41,8 +41,8 @@ def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", tex
     if _is_of_timm(name):
         if text_tower:
             raise ValueError(
-                f'model.temporal_weights = "text" needs a text tower, and {name} has none; choose a CLIP model, or '
-                '"reuse"'
+                f"this method, or this option of it, needs a text tower, and {name} has none; choose a CLIP model such "
+                f"as {EXAMPLES[0]}"
             )
         tower = timm_models.load_image_tower(name, pretrained)
     else:

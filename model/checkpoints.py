@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import official
-from model.methods import describe, from_description
-from model.official import FORMATS, Format
+from model.geometry import CLIPGeometry, SwinGeometry, ViTGeometry
+from model.methods import FORMATS, METHODS, describe, format_of, from_description
+from model.official import Format
 from model.video import VideoModel
 from model.weight_files import read_tensors
 
@@ -44,14 +45,14 @@ _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_JSON_BYTES = 16 * 2**20
 _SAMPLINGS = ("dense", "uniform")  # as `pipelines.plan` has them
 _MOST_INTERVAL = 1024
-_TIME_AXES = {"temporal_embedding": 1, "temporal_position_bias_table": 0}  # which axis of a parameter is time
 _SHORT_NAMES = {"scale": "adapter_scale"}  # of settings
 _OF_A_RUN = ("classes", "sampling", "interval")  # fields of Converted that only a run has
 # What the tensors show: a setting of that name could only contradict them.
-_SHOWN_OPTIONS = ("adapters", "positions", "temporal_adapters", "temporal_weights", "adapter_ratio", "temporal_window")
+_OF_A_VIT = ("width", "layers", "patch_size", "image_size", "ln_pre", "patch_bias", "mlp_width", "embed_dim")
 _SHOWN_GEOMETRY = {
-    "vit": ("width", "layers", "patch_size", "image_size", "ln_pre", "patch_bias", "mlp_width"),
-    "swin": ("width", "depths", "heads", "window", "patch_size"),
+    ViTGeometry.kind: _OF_A_VIT,
+    CLIPGeometry.kind: (*_OF_A_VIT, "text_width", "text_layers", "context_length", "vocab_size"),
+    SwinGeometry.kind: ("width", "depths", "heads", "window", "patch_size"),
 }
 _WRITERS: dict[str, Callable[[dict[str, Tensor], Path], None]] = {
     ".safetensors": save_file,
@@ -68,7 +69,7 @@ class Converted:
     tensors: dict[str, Tensor]
     """float32, one for every parameter of the model."""
     source: str
-    """The format that they came from, a key of `model.official.FORMATS`; "run": a training run."""
+    """The format that they came from, a key of `model.methods.FORMATS`; "run": a training run."""
     dropped: list[tuple[str, str]] = field(default_factory=list)
     """What the file held besides: name and reason."""
     kept_buffers: list[str] = field(default_factory=list)
@@ -93,20 +94,28 @@ def convert(path: Path, source: str = "auto") -> Converted:
     tensors, dropped = read_tensors(path)
     try:
         bare = official.bare_names(tensors)
-        entry = official.recognise({name: tuple(tensors[key].shape) for key, name in bare.items()})
+        entry = official.recognise({name: tuple(tensors[key].shape) for key, name in bare.items()}, FORMATS.values())
         if source not in ("auto", entry.name, entry.family):
             raise ValueError(f"the tensors have the names of {entry.name} ({entry.summary}), not of {source}")
         ours, unused = official.our_names(entry, {name: tensors[key] for key, name in bare.items()})
-        reading = official.read_settings(entry, ours)
+        shapes = {name: tuple(tensor.shape) for name, tensor in ours.items()}
+        reading = entry.read(entry, shapes)
         model = _blueprint(reading.description)
-        _require_fit(entry, {name: tuple(tensor.shape) for name, tensor in ours.items()}, model)
+        _require_fit(entry, shapes, model)
         keys = {name: key for key, name in bare.items()}
+        constructed = _absent_buffers(reading.description, model, ours)
         return Converted(
             description=describe(model),
-            tensors={name: _float32(official.official_name(entry, name), tensor) for name, tensor in ours.items()},
+            tensors={
+                name: _float32(official.official_name(entry, name), tensor)
+                for name, tensor in (ours | constructed).items()
+            },
             source=entry.name,
             dropped=dropped + [(keys[name], reason) for name, reason in unused],
-            kept_buffers=[name for name in _computed_buffers(model) if name.removeprefix("backbone.") not in keys],
+            kept_buffers=[
+                *(name for name in _computed_buffers(model) if name.removeprefix("backbone.") not in keys),
+                *constructed,
+            ],
             assumed=reading.assumed,
         )
     except ValueError as error:
@@ -115,7 +124,7 @@ def convert(path: Path, source: str = "auto") -> Converted:
 
 def of_model(model: VideoModel) -> Converted:
     """A model as it stands, such as a training run's."""
-    tensors = {name: _float32(name, parameter.detach().cpu()) for name, parameter in model.named_parameters()}
+    tensors = {name: _float32(name, tensor.detach().cpu()) for name, tensor in model.state_dict().items()}
     return Converted(describe(model), tensors, "run", kept_buffers=_computed_buffers(model))
 
 
@@ -183,19 +192,28 @@ def load(folder: str | Path, **settings: Any) -> VideoModel:
     `settings` say what no tensor shows, any option of the method or of the geometry:
         adapter_scale, or its short name scale: s, by default 1 with two temporal adapters and 0.5 with one;
         num_frames: T. Another number than the temporal embedding's length interpolates it linearly over time;
-        quick_gelu, heads, mean, std, drop_path, …
+        quick_gelu, heads, mean, std, drop_path, …;
+        class_names: of models that read texts, the names of the classes that it answers for.
     Raises ValueError for a setting that there is not or that a tensor contradicts, and for a damaged folder.
     """
-    return model_of(with_settings(read_folder(Path(folder)), settings))
+    class_names = settings.pop("class_names", None)
+    converted = with_settings(read_folder(Path(folder)), settings)
+    if class_names is not None:
+        converted = dataclasses.replace(converted, classes=tuple(class_names))
+    model = model_of(converted)
+    if class_names is not None and not model.reads_class_names:
+        method = converted.description["method"]
+        raise ValueError(f"class_names: a model of method {method} reads none; leave them out")
+    return model
 
 
 def model_of(converted: Converted) -> VideoModel:
     """The model of a checked description and the tensors that fit it, as `load` returns it."""
     with torch.random.fork_rng(devices=[]):  # the initialisation, soon overwritten, draws from it
         model = from_description(converted.description)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(converted.tensors[name])  # a tensor of a file may be a view of it on the disk
+    model.load_state_dict(converted.tensors)  # which copies: a tensor of a file may be a view of it on the disk
+    if converted.classes is not None:
+        model.name_classes(converted.classes)
     return model.eval()
 
 
@@ -203,8 +221,9 @@ def with_settings(converted: Converted, settings: Mapping[str, Any]) -> Converte
     """The same with settings of `load`, which are no longer assumed then; ValueError for what there is not, or what a
     tensor contradicts."""
     description = _described_with(converted.description, settings)
-    shapes = {name: tuple(parameter.shape) for name, parameter in _blueprint(description).named_parameters()}
-    tensors = _over_time(converted.tensors, shapes)
+    model = _blueprint(description)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = _over_time(converted.tensors, shapes, model.time_axes)
     if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != shapes:
         wrong = next(
             name for name in sorted({*shapes, *tensors})
@@ -225,16 +244,17 @@ def lost_settings(converted: Converted) -> dict[str, Any]:
 
     Raises ValueError where `convert` could not read the official names of this model at all.
     """
-    entry = official.format_of(converted.description)
-    again = _blueprint(official.read_settings(entry, converted.tensors).description)
-    _require_fit(entry, {name: tuple(tensor.shape) for name, tensor in converted.tensors.items()}, again)
+    entry = format_of(converted.description)
+    shapes = {name: tuple(tensor.shape) for name, tensor in converted.tensors.items()}
+    again = _blueprint(entry.read(entry, shapes).description)
+    _require_fit(entry, shapes, again)
     ours, theirs = (_settable(describe(model)) for model in (_blueprint(converted.description), again))
     return {name: value for name, value in ours.items() if name in theirs and theirs[name] != value}
 
 
 def official_format(converted: Converted, target: str) -> Format:
     """The model's own format, if that or its family is `target`; ValueError if not, or where no format holds it."""
-    entry = official.format_of(converted.description)
+    entry = format_of(converted.description)
     if target not in (entry.name, entry.family):
         raise ValueError(f"the model is published in the format {entry.name}, not {target}: say --to {entry.family}")
     return entry
@@ -289,8 +309,9 @@ def _require_finite(name: str, tensor: Tensor) -> None:
 
 def _require_fit(entry: Format, shapes: Mapping[str, tuple[int, ...]], model: VideoModel) -> None:
     """ValueError unless there is exactly one tensor for every parameter, of its shape."""
-    wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    missing = [official.official_name(entry, name) for name in wanted if name not in shapes]
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    needed = [name for name in wanted if name not in model.extra_tensors()]
+    missing = [official.official_name(entry, name) for name in needed if name not in shapes]
     unknown = [name for name in shapes if name not in wanted]
     if unknown:
         theirs = official.official_name(entry, unknown[0])
@@ -316,7 +337,18 @@ def _blueprint(description: Mapping[str, Any]) -> VideoModel:
 
 
 def _computed_buffers(model: VideoModel) -> list[str]:
-    return [name for name, _ in model.named_buffers() if name not in ("pixel_mean", "pixel_std")]
+    """Those that no checkpoint of ours holds."""
+    hidden = ("pixel_mean", "pixel_std", *model.extra_tensors())
+    return [name for name, _ in model.named_buffers() if name not in hidden]
+
+
+def _absent_buffers(description: Mapping[str, Any], model: VideoModel, tensors: Iterable[str]) -> dict[str, Tensor]:
+    """Running statistics that a file lacks, as they are before training."""
+    absent = set(model.extra_tensors()) - set(tensors)
+    if not absent:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        return {name: t for name, t in from_description(description).extra_tensors().items() if name in absent}
 
 
 def _read_document(folder: Path) -> dict[str, Any]:
@@ -370,7 +402,7 @@ def _read_training(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settable(description: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `load` and their values in a complete description."""
-    hidden = (*_SHOWN_OPTIONS, *_SHOWN_GEOMETRY[description["backbone"]])
+    hidden = (*METHODS[description["method"]].shown_options, *_SHOWN_GEOMETRY[description["backbone"]])
     every = {"num_frames": description["num_frames"], **description["options"], **description["geometry"]}
     return {name: value for name, value in every.items() if name not in hidden}
 
@@ -394,19 +426,22 @@ def _described_with(description: Mapping[str, Any], settings: Mapping[str, Any])
     return describe(_blueprint(kept))
 
 
-def _over_time(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def _over_time(
+    tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], time_axes: Mapping[str, int]
+) -> dict[str, Tensor]:
     """The tensors, those that belong to another number of frames than `shapes` interpolated linearly over time."""
     fitted, changed = dict(tensors), []
     for name, tensor in tensors.items():
-        axis = _TIME_AXES.get(name.rpartition(".")[2])
+        axis = next((axis for part, axis in time_axes.items() if part in name), None)
         shape = shapes.get(name)
         if axis is None or shape is None or tuple(tensor.shape) == shape or tensor.ndim != len(shape):
             continue
         rows = tensor.movedim(axis, -1)
         flat = rows.reshape(1, -1, rows.shape[-1])
         # A bias table's ends are the largest distances in time, which stay the ends; an embedding's rows are spans.
+        ends = name.endswith("bias_table")
         fitted[name] = (
-            F.interpolate(flat, size=shape[axis], mode="linear", align_corners=axis == 0)
+            F.interpolate(flat, size=shape[axis], mode="linear", align_corners=ends)
             .reshape(*rows.shape[:-1], shape[axis])
             .movedim(-1, axis)
             .contiguous()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,8 @@ RANDOM_WEIGHTS = "none"
 class ViTGeometry:
     """Shape of an image transformer with a class token, from CLIP or from ImageNet."""
 
+    kind: ClassVar[str] = "vit"
+    """What a description calls it."""
     width: int
     layers: int
     heads: int
@@ -32,6 +35,8 @@ class ViTGeometry:
     """Of every layer norm; 1e-6 in timm's ViTs."""
     mlp_width: int = 0
     """Hidden width of the feed-forward layers; 0: four times the width, as in all but the largest models."""
+    embed_dim: int = 0
+    """Width of the space that CLIP's projection shares with texts; 0: there is no projection."""
 
     @property
     def num_tokens(self) -> int:
@@ -40,9 +45,23 @@ class ViTGeometry:
 
 
 @dataclass(frozen=True)
+class CLIPGeometry(ViTGeometry):
+    """Shape of both towers of a CLIP model, for methods that read texts; the defaults are those of ViT-B/16's texts."""
+
+    kind: ClassVar[str] = "clip"
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int = 8
+    context_length: int = 77
+    """Tokens of a text, its start and its end included."""
+    vocab_size: int = 49408
+
+
+@dataclass(frozen=True)
 class SwinGeometry:
     """Shape of a Swin transformer; the defaults are Swin-B at 224 × 224."""
 
+    kind: ClassVar[str] = "swin"
     width: int = 128
     """Of the first stage; each later one is twice as wide and half as large."""
     depths: tuple[int, ...] = (2, 2, 18, 2)
@@ -73,6 +92,10 @@ class ImageTower:
 
     geometry: Geometry
     state_dict: dict[str, Tensor]
-    """Under CLIP's names for a ViT of any origin, Swin's official ones (see `model.swin`); empty: as constructed."""
+    """Under CLIP's names for a ViT of any origin, Swin's official ones (see `model.methods.swin`); empty: as
+    constructed."""
+    projection: Tensor | None = None
+    """CLIP's projection of class tokens into the space shared with texts, [width, embed_dim]."""
     text_state: dict[str, Tensor] | None = None
-    """Under CLIP's names, the blocks of the text tower that belongs to it (`transformer.resblocks.…`)."""
+    """The text tower that belongs to it, under CLIP's names (`token_embedding.weight`, `positional_embedding`,
+    `transformer.resblocks.…`, `ln_final.…`, `text_projection`); None where it was not asked for."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -89,6 +90,56 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class BatchNorm(nn.Module):
+    """Batch norm over all axes but the last, whose statistics are those of a micro-batch on all processes together;
+    computed in float32, the result has x's dtype. In evaluation, running statistics count.
+
+    PyTorch's own knows only the clips of one process, and its synchronised form only CUDA.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, features: int, *, affine: bool = True, eps: float = 1e-5, momentum: float = 0.1) -> None:
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., D] → [..., D]."""
+        if self.training and torch.is_grad_enabled():
+            mean, variance = self._statistics(x.float().flatten(0, -2))
+        else:
+            mean, variance = self.running_mean, self.running_var
+        normed = (x.float() - mean) * torch.rsqrt(variance + self.eps)
+        if self.weight is not None and self.bias is not None:
+            normed = normed * self.weight + self.bias
+        return normed.to(x.dtype)
+
+    def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance [D] of rows [M, D] of all processes; remembers them."""
+        count = _sum_of_processes(rows.new_full((1,), len(rows)))
+        mean = _sum_of_processes(rows.sum(0)) / count
+        variance = _sum_of_processes((rows - mean).square().sum(0)) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), self.momentum)
+        return mean, variance
+
+
+def _sum_of_processes(values: Tensor) -> Tensor:
+    """The sum over all processes, through which gradients flow."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    summed: Tensor = all_reduce(values)
+    return summed
 
 
 class PatchEmbedding(nn.Conv2d):

@@ -10,6 +10,7 @@ SHA-256 has been found to be the one that OpenAI publishes for the model.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import hashlib
 import re
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from model.geometry import RANDOM_WEIGHTS, ImageTower, ViTGeometry
+from model.geometry import RANDOM_WEIGHTS, CLIPGeometry, ImageTower, ViTGeometry
 from model.timm_models import FILE_ENDINGS, clip_names, differs_from_vit, quiet, read_geometry
 from model.weight_files import read_tensors
 
@@ -28,6 +29,9 @@ TINY_CLIP = "tiny-clip"
 TINY_CLIP_TAG = "shapes"
 TINY_CLIP_FOLDER = Path(__file__).parent / "tiny_clip"
 OPENAI_TAG = "openai"
+_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
+"""All that distinguishes the text towers of CLIP's kind in open_clip's configurations."""
+_TEXT_NAMES = ("token_embedding.", "positional_embedding", "transformer.resblocks.", "ln_final.", "text_projection")
 EXAMPLES = "ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 and their -quickgelu variants"
 
 
@@ -46,19 +50,25 @@ def load_image_tower(name: str, pretrained: str, *, text_tower: bool = False) ->
         pretrained: a weight tag of that model (`openai`, …; needs a network the first time), the path of a weight
             file (`.safetensors`, a plain state dict in `.pt`, `.pth` or `.bin`, or OpenAI's archive of that model), or
             `none` for random weights.
-        text_tower: also hands on the weights of the text tower's blocks.
+        text_tower: also hands on the text tower: its weights, and a geometry that has its shape.
 
     Raises:
         ValueError: unknown name or tag, weights that cannot be had, an activation that does not fit the weights, or
             a tower that is not a plain CLIP ViT.
     """
     geometry = _geometry(name, pretrained)
-    if text_tower and "hf_model_name" in _known_config(name)["text_cfg"]:
-        raise _foreign_text_tower(name)
+    if text_tower:
+        geometry = _with_texts(name, geometry)
     if pretrained == RANDOM_WEIGHTS and not text_tower:
         return ImageTower(geometry, {})
     model = load_clip(name, pretrained)
-    return ImageTower(geometry, _image_weights(model.visual), _text_blocks(name, model) if text_tower else None)
+    projection = getattr(model.visual, "proj", None)
+    return ImageTower(
+        geometry,
+        _image_weights(model.visual),
+        None if projection is None else projection.detach(),
+        _text_weights(name, model) if text_tower else None,
+    )
 
 
 def image_size(name: str) -> int:
@@ -201,18 +211,37 @@ def _image_weights(tower: Any) -> dict[str, Tensor]:
     return {key: value for key, value in tower.state_dict().items() if key != "proj"}
 
 
-def _text_blocks(name: str, model: nn.Module) -> dict[str, Tensor]:
-    """The text tower's blocks under CLIP's names (`transformer.resblocks.…`)."""
-    state = {key.removeprefix("text."): value for key, value in model.state_dict().items()}
-    blocks = {key: value for key, value in state.items() if key.startswith("transformer.resblocks.")}
-    if not blocks:
+def _with_texts(name: str, geometry: ViTGeometry) -> CLIPGeometry:
+    """The geometry with that of the text tower; ValueError unless that is CLIP's."""
+    from open_clip.model import CLIPTextCfg
+
+    given = _known_config(name)["text_cfg"]
+    if not set(given) <= _TEXT_KEYS or not geometry.embed_dim:
         raise _foreign_text_tower(name)
-    return blocks
+    config = CLIPTextCfg(**given)
+    return CLIPGeometry(
+        **dataclasses.asdict(geometry),
+        text_width=config.width,
+        text_layers=config.layers,
+        text_heads=config.heads,
+        context_length=config.context_length,
+        vocab_size=config.vocab_size,
+    )
+
+
+def _text_weights(name: str, model: nn.Module) -> dict[str, Tensor]:
+    """The text tower's weights under CLIP's names."""
+    state = {key.removeprefix("text."): value for key, value in model.state_dict().items()}
+    weights = {key: value for key, value in state.items() if key.startswith(_TEXT_NAMES)}
+    if any(not any(key.startswith(wanted) for key in weights) for wanted in _TEXT_NAMES):
+        raise _foreign_text_tower(name)
+    return weights
 
 
 def _foreign_text_tower(name: str) -> ValueError:
     return ValueError(
-        f'model.temporal_weights = "text": the text tower of {name} is not CLIP\'s; choose a CLIP model, or "reuse"'
+        f"the text tower of {name} is not CLIP's, and this method, or this option of it, needs one; choose a CLIP "
+        f"model such as {EXAMPLES}"
     )
 
 
@@ -246,6 +275,7 @@ def _geometry(name: str, pretrained: str) -> ViTGeometry:
         ln_pre=not isinstance(tower.ln_pre, nn.Identity),
         eps=tower.ln_post.eps,
         mlp_width=0 if hidden == 4 * tower.conv1.out_channels else hidden,
+        embed_dim=0 if tower.proj is None else tower.proj.shape[1],
     )
 
 

@@ -9,14 +9,15 @@ Legend of shapes: B clips, T frames, H, W pixels, D features, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from model.geometry import Geometry
+from model.geometry import Geometry, ViTGeometry
 from model.layers import Linear
 
 BACKBONE = "backbone"  # the prefix of every parameter but the head's, as in the official checkpoints
@@ -36,6 +37,14 @@ class VideoModel(nn.Module):
     """A parameter is not decayed if its name contains one of these."""
     biased_attention: ClassVar[bool] = False
     """Whether its attention adds a bias."""
+    uses_projection: ClassVar[bool] = False
+    """Whether it has CLIP's projection to the texts' space; without, its geometry's `embed_dim` is 0."""
+    reads_class_names: ClassVar[bool] = False
+    """Whether its logits are for whatever classes it is told of (`name_classes`)."""
+    stem_axes: ClassVar[int] = 4
+    """Axes of what `stem` returns, by which `forward` tells it from clips."""
+    time_axes: ClassVar[Mapping[str, int]] = {"temporal_embedding": 1}
+    """Part of a parameter's name → the axis along which it has a row a frame, so that it can be interpolated."""
     backbone: nn.Module
     pixel_mean: Tensor
     pixel_std: Tensor
@@ -45,7 +54,9 @@ class VideoModel(nn.Module):
     ) -> None:
         """A subclass sets `backbone` after this, then calls `freeze`. `features` is D; no classes: no head."""
         super().__init__()
-        self.geometry = geometry
+        if isinstance(geometry, ViTGeometry) and not self.uses_projection:
+            geometry = replace(geometry, embed_dim=0)
+        self.geometry: Geometry = geometry
         self.features = features
         self.num_classes = num_classes
         self.num_frames = num_frames
@@ -57,9 +68,21 @@ class VideoModel(nn.Module):
     def finish(self) -> None:
         """Ends a subclass's construction: adds the head, after the backbone as in the official order of parameters, and
         freezes what does not train."""
-        self.cls_head = None if self.num_classes is None else Head(self.features, self.num_classes)
+        self.cls_head = None if self.num_classes is None else self.make_head(self.num_classes)
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trains(name))
+
+    def make_head(self, num_classes: int) -> nn.Module:
+        """What makes logits [B, C] of features [B, D]; a subclass may have another one."""
+        return Head(self.features, num_classes)
+
+    def name_classes(self, names: Sequence[str]) -> None:
+        """Says what the classes are called; of effect only where `reads_class_names`."""
+
+    def extra_tensors(self) -> dict[str, Tensor]:
+        """What training changes besides parameters, such as running statistics: buffers that a checkpoint keeps."""
+        parameters = dict(self.named_parameters())
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in parameters}
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -144,7 +167,7 @@ class VideoModel(nn.Module):
     def classify(self, clips: Tensor, masks: Mapping[str, Tensor] | None = None) -> Tensor:
         """Normalised clips [B, T, 3, H, W], or what `stem` made → float32 logits [B, C]: the mean of the features over
         time and space, then dropout and a linear layer (the official I3D head)."""
-        if clips.ndim != 4 or not self.has_frozen_stem:
+        if clips.ndim != self.stem_axes or not self.has_frozen_stem:
             self._require_shape(clips)
         masks = masks or {}
         on_meta = clips.device.type == "meta"  # where shapes are computed and autocast does not exist
@@ -170,10 +193,11 @@ class VideoModel(nn.Module):
 class Head(nn.Module):
     """The linear classifier: features [B, D] → logits [B, C]."""
 
-    def __init__(self, features: int, num_classes: int) -> None:
+    def __init__(self, features: int, num_classes: int, std: float = 0.01) -> None:
+        """`std`: of the weights' start."""
         super().__init__()
         self.fc_cls = Linear(features, num_classes)
-        nn.init.normal_(self.fc_cls.weight, std=0.01)
+        nn.init.normal_(self.fc_cls.weight, std=std)
         nn.init.zeros_(self.fc_cls.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -183,6 +207,13 @@ class Head(nn.Module):
 def drop_path_rates(rate: float, layers: int) -> Tensor:
     """Drop probability of each block [layers]: from 0 for the first, linearly, to `rate` for the last."""
     return rate * torch.arange(layers, dtype=torch.float64) / max(layers - 1, 1)
+
+
+def check_rates(options: Any, *names: str) -> None:
+    """ValueError unless these options are probabilities below 1."""
+    for name in names:
+        if not 0 <= getattr(options, name) < 1:
+            raise ValueError(f"model.{name} = {getattr(options, name)}; allowed is 0 <= rate < 1")
 
 
 def load_tower_weights(module: nn.Module, weights: Mapping[str, Tensor], added: tuple[str, ...]) -> None:

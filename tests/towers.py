@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from model.aim import Finetuned, SpaceOnlyOptions
 from model.geometry import ImageTower, ViTGeometry
+from model.methods.aim import Finetuned, SpaceOnlyOptions
 
 CLIP = ViTGeometry(128, 3, 2, 16, 64, True, (0.5,) * 3, (0.25,) * 3)  # type: ignore[arg-type]
 """CLIP's kind of ViT: a layer norm before the first block, QuickGELU."""

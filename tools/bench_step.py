@@ -6,7 +6,7 @@ Variants, all with the same weights:
 
     paper        the baseline: `PaperBlock` below, a block as the paper's reference describes it, in eager PyTorch
     paper+amp    the same with float32 weights under autocast, which is how mixed precision is mostly done
-    ours         the blocks of `model.aim`, nothing compiled, who computes attention chosen as in training
+    ours         the blocks of `model.methods.aim`, nothing compiled, who computes attention chosen as in training
     ours+…       with one or several of `model.speed`: +sdpa, +xformers or +short (who computes attention), +compile,
                  +checkpoint (activations of all blocks computed twice), +graphs (CUDA graphs), +fp8
 
@@ -60,12 +60,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from model.aim import AIM
 from model.attention import BACKENDS, attention
 from model.backbone import load_image_tower
 from model.flops import Cost, Keeper, count_cost, device_peak
 from model.geometry import RANDOM_WEIGHTS, ImageTower, ViTGeometry
 from model.methods import create
+from model.methods.aim import AIM
 from model.speed import ALL_BLOCKS, SpeedOptions, speed_up
 from model.video import VideoModel
 from pipelines.cli import run_cli, writable
@@ -98,7 +98,7 @@ WARM_UP = 3  # passes on CUDA, whose clocks rise with the work; a CPU needs one
 class PaperBlock(nn.Module):
     """The baseline: an AIM block on tokens [N, B·T, D], with explicit rearrangements and one operation a step.
 
-    Parameters bear the names of `model.aim.Block`. Masks drop a clip's branch, as ours do by default.
+    Parameters bear the names of `model.methods.aim.Block`. Masks drop a clip's branch, as ours do by default.
     """
 
     def __init__(self, geometry: ViTGeometry, num_frames: int, scale: float, hidden: int) -> None:

@@ -34,7 +34,7 @@ if not __package__:
 
 from model import checkpoints
 from model.checkpoints import Converted
-from model.official import FORMATS
+from model.methods import FORMATS
 from pipelines.cli import run_cli
 from train.resolve import parse_value
 from train.trained import open_trained

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import xxhash
 from torch import nn
 
@@ -10,8 +12,12 @@ from model.video import VideoModel
 from train.config import ModelConfig
 
 
-def build_model(config: ModelConfig, *, num_classes: int, num_frames: int, seed: int) -> VideoModel:
+def build_model(
+    config: ModelConfig, *, num_classes: int, num_frames: int, seed: int, class_names: Sequence[str] | None = None
+) -> VideoModel:
     """The model at its initialisation, in float32 on the CPU; the same for the same arguments.
+
+    `class_names`: which some models read.
 
     Raises ValueError for an unknown name, weights that cannot be had or do not fit, or a method that cannot adapt it.
     """
@@ -24,6 +30,7 @@ def build_model(config: ModelConfig, *, num_classes: int, num_frames: int, seed:
         seed=seed,
         normalisation=config.normalisation,
         options=config.options,
+        class_names=class_names,
     )
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: what trains, its optimizer state, and where in the data the run stands.
 
-    checkpoint-000123/state.safetensors   weights/NAME, exp_avg/NAME, exp_avg_sq/NAME, step/NAME
+    checkpoint-000123/state.safetensors   weights/NAME, exp_avg/NAME, exp_avg_sq/NAME, step/NAME; buffers/NAME of models
+                                          with running statistics
     checkpoint-000123/state.json          step, what the run is, checksum of the tensors
 
 The frozen backbone is not stored: it is named by the configuration and known by its checksum. A folder is written under
@@ -24,6 +25,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from model.video import VideoModel
 from pipelines.shards import sync_folder
 from train.config import Batch, Config
 
@@ -64,7 +66,7 @@ def identity(config: Config, *, fingerprint: str, backbone: str) -> dict[str, An
 def save_checkpoint(
     out: Path,
     step: int,
-    model: nn.Module,
+    model: VideoModel,
     optimizer: torch.optim.Optimizer,
     *,
     run: Mapping[str, Any],
@@ -144,22 +146,23 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path / 'state.safetensors'} holds no tensors ({error}); delete {path}") from error
 
 
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+def load_weights(model: VideoModel, tensors: Mapping[str, Tensor]) -> None:
     """Puts the trained weights of a checkpoint into a model."""
-    trained = _trainable(model)
-    stored = {name.removeprefix("weights/") for name in tensors if name.startswith("weights/")}
-    if stored != set(trained):
-        wrong = sorted(stored ^ set(trained))[:3]
+    wanted = _model_tensors(model)
+    stored = {name for name in tensors if name.startswith(("weights/", "buffers/"))}
+    if stored != set(wanted):
+        wrong = sorted(name.partition("/")[2] for name in stored ^ set(wanted))[:3]
         raise ValueError(f"the checkpoint does not fit the model: {', '.join(wrong)} is in one of them only")
     with torch.no_grad():
-        for name, parameter in trained.items():
-            stored_shape, shape = list(tensors[f"weights/{name}"].shape), list(parameter.shape)
+        for name, tensor in wanted.items():
+            stored_shape, shape = list(tensors[name].shape), list(tensor.shape)
             if stored_shape != shape:
-                raise ValueError(f"the checkpoint does not fit the model: {name} is {stored_shape}, not {shape}")
-            parameter.copy_(tensors[f"weights/{name}"])
+                short = name.partition("/")[2]
+                raise ValueError(f"the checkpoint does not fit the model: {short} is {stored_shape}, not {shape}")
+            tensor.copy_(tensors[name])
 
 
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]) -> dict[str, Any]:
+def resume(path: Path, model: VideoModel, optimizer: torch.optim.Optimizer, run: Mapping[str, Any]) -> dict[str, Any]:
     """Puts a run back where the checkpoint left it and returns its state.json.
 
     Raises ValueError naming the first setting in which `run` (see `identity`) differs from the run that is continued.
@@ -182,12 +185,18 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, run: 
     return document
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    tensors = {f"weights/{name}": p.detach().cpu().contiguous() for name, p in _trainable(model).items()}
+def _state(model: VideoModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _model_tensors(model).items()}
     names = _names(model)
     for parameter, entries in optimizer.state.items():
         tensors |= {f"{part}/{names[id(parameter)]}": entries[part].cpu().contiguous() for part in _ADAM}
     return tensors
+
+
+def _model_tensors(model: VideoModel) -> dict[str, Tensor]:
+    """All that training changes in a model, by the names of its tensors in a checkpoint."""
+    weights: dict[str, Tensor] = {f"weights/{name}": parameter for name, parameter in _trainable(model).items()}
+    return weights | {f"buffers/{name}": tensor for name, tensor in model.extra_tensors().items()}
 
 
 def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -41,12 +41,15 @@ class Trained:
         """The model that the run started from; None where that is not known."""
         if self.step is None:
             return None
-        config, classes, frames = self.config, self.model.num_classes, self.model.num_frames
-        assert classes is not None
-        return build_model(config.model, num_classes=classes, num_frames=frames, seed=config.train.seed).eval()
+        config, count, frames = self.config, self.model.num_classes, self.model.num_frames
+        assert count is not None
+        seed, names = config.train.seed, self.classes
+        return build_model(config.model, num_classes=count, num_frames=frames, seed=seed, class_names=names).eval()
 
     def require_classes(self, names: tuple[str, ...], where: str) -> None:
         """ValueError, naming the first class that differs, unless the model was trained for these classes."""
+        if self.model.reads_class_names:
+            return
         if self.model.num_classes is None:
             raise ValueError(f"{self.folder} has no classifier, so there is nothing to compare with labels; train it")
         if self.classes is not None:
@@ -90,11 +93,16 @@ def open_trained(path: Path, overrides: Iterable[str] = ()) -> Trained:
 def _open_checkpoint(path: Path, overrides: Iterable[str]) -> Trained:
     document, tensors = read_checkpoint(path)
     config = config_from_dict(document["config"], overrides)
-    head = tensors.get("weights/cls_head.fc_cls.weight")
-    if head is None:
-        raise ValueError(f"{path} holds no classifier")
+    classes, head = document.get("classes"), tensors.get("weights/cls_head.fc_cls.weight")
+    if classes is None and head is None:
+        raise ValueError(f"{path} holds no classifier, nor the names of its classes")
+    count = len(classes or ()) if head is None else len(head)
     built = build_model(
-        config.model, num_classes=len(head), num_frames=config.data.num_frames, seed=config.train.seed
+        config.model,
+        num_classes=count,
+        num_frames=config.data.num_frames,
+        seed=config.train.seed,
+        class_names=classes,
     ).eval()
     if backbone_checksum(built) != document["run"]["checksum of the frozen weights"]:
         raise ValueError(
@@ -102,7 +110,6 @@ def _open_checkpoint(path: Path, overrides: Iterable[str]) -> Trained:
             "(checksum); bring those back, or name their file with --set model.pretrained=PATH"
         )
     load_weights(built, tensors)
-    classes = document.get("classes")
     return Trained(
         built,
         config,

@@ -18,11 +18,10 @@ from torch import Tensor
 
 import model
 from model import checkpoints
-from model.aim import AIMOptions
 from model.checkpoints import Converted, convert, read_folder, write_folder, write_official
 from model.geometry import ImageTower, ViTGeometry
-from model.methods import create
-from model.official import FORMATS
+from model.methods import FORMATS, create
+from model.methods.aim import AIMOptions
 from tests import official_files
 from tests.official_files import Shapes, filled, saved
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.aim import AIM
 from model.flops import count_cost
 from model.fp8 import ALIGNMENT, FP8Weight, can_be_fp8, fp8_obstacle, use_fp8
 from model.layers import LayerNorm, Linear
 from model.methods import create
+from model.methods.aim import AIM
 from tests.towers import tower
 
 BF16 = torch.bfloat16

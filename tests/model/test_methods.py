@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.aim import AIMOptions
 from model.geometry import ImageTower, SwinGeometry, ViTGeometry
 from model.methods import METHODS, create, describe, from_description
+from model.methods.aim import AIMOptions
 
 VIT = ViTGeometry(128, 2, 2, 16, 32, True, (0.5, 0.4, 0.3), (0.25, 0.25, 0.2))
 SWIN = SwinGeometry(width=32, depths=(2, 2), heads=(1, 2), image_size=56)
@@ -63,7 +63,7 @@ def test_what_a_method_cannot_adapt_is_named() -> None:
         (lambda d: d.pop("method"), "lacks 'method'"),
         (lambda d: d.update(method="__init__"), "model.method = '__init__'; allowed is aim"),
         (lambda d: d.update(method=["aim"]), "model.method"),
-        (lambda d: d.update(backbone="resnet"), "allowed is vit or swin"),
+        (lambda d: d.update(backbone="resnet"), "allowed is vit or clip or swin"),
         (lambda d: d.update(more=1), "unknown entry 'more'"),
         (lambda d: d.update(geometry=None), "model.geometry is None"),
         (lambda d: d["geometry"].update(__class__="os"), "unknown entry '__class__'"),
@@ -71,7 +71,7 @@ def test_what_a_method_cannot_adapt_is_named() -> None:
         (lambda d: d["geometry"].update(width=True), "model.geometry.width = True"),
         (
             lambda d: d["geometry"].update(width="128"),
-            "model.geometry.width = '128'; allowed is a whole number, 0 to 16384",
+            "model.geometry.width = '128'; allowed is a whole number, 0 to 1000000",
         ),
         (lambda d: d["geometry"].update(width=10**12), "model.geometry.width"),
         (lambda d: d["geometry"].update(mean=[0, 0]), "model.geometry.mean = [0, 0]; allowed is 3 numbers"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from model import official
-from model.methods import from_description
-from model.official import FORMATS, Format, Reading
+from model.methods import FORMATS, format_of, from_description
+from model.official import Format, Reading
 from model.parameters import count_parameters
 from tests import official_files
 from tests.official_files import Shapes
@@ -25,9 +25,10 @@ SWIN_B: dict[str, Any] = {"width": 128, "depths": (2, 2, 18, 2)}
 def read(shapes: Shapes) -> tuple[Format, Reading]:
     """The format and the settings of tensors that have shapes alone."""
     bare = official.bare_names(shapes)
-    entry = official.recognise({bare[key]: shape for key, shape in shapes.items()})
+    entry = official.recognise({bare[key]: shape for key, shape in shapes.items()}, FORMATS.values())
     tensors = {bare[key]: torch.empty(shape, device="meta") for key, shape in shapes.items()}
-    return entry, official.read_settings(entry, official.our_names(entry, tensors)[0])
+    ours, _ = official.our_names(entry, tensors)
+    return entry, entry.read(entry, {name: tuple(tensor.shape) for name, tensor in ours.items()})
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -212,7 +213,7 @@ def test_swin_that_cannot_be_is_named() -> None:
 def test_a_model_without_a_published_format_has_no_official_names() -> None:
     _, reading = read(official_files.aim_clip())
     description = reading.description
-    assert official.format_of(description).name == "aim_clip"
+    assert format_of(description).name == "aim_clip"
     by_text, late = (
         {**description, "options": {**description["options"], **changed}}
         for changed in ({"temporal_weights": "text"}, {"temporal_embedding": "adapters"})
@@ -220,4 +221,4 @@ def test_a_model_without_a_published_format_has_no_official_names() -> None:
     strange = {**description, "geometry": {**description["geometry"], "patch_bias": True}}
     for other in (by_text, late, strange):
         with pytest.raises(ValueError, match="no published format"):
-            official.format_of(other)
+            format_of(other)

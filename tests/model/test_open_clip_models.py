@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model import open_clip_models
-from model.aim import AIM, AIMOptions, Frozen, SpaceOnlyOptions
+from model.methods.aim import AIM, AIMOptions, Frozen, SpaceOnlyOptions
 from model.open_clip_models import image_size, load_clip, load_image_tower, published_sha256
 from model.timm_models import names as timm_names
 

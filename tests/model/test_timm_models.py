@@ -10,8 +10,8 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from model.aim import Frozen, SpaceOnlyOptions
 from model.geometry import SwinGeometry, ViTGeometry
+from model.methods.aim import Frozen, SpaceOnlyOptions
 from model.timm_models import clip_names, image_size, load_image_tower, names, official_swin_names
 
 HALF = (0.5, 0.5, 0.5)

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.aim import Finetuned, SpaceOnlyOptions
 from model.layers import PatchEmbedding
+from model.methods.aim import Finetuned, SpaceOnlyOptions
 from model.vit import MLP, Attention
 from tests.towers import CLIP, IMAGENET, tower
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.aim import AIM
+from model.methods.aim import AIM
 from model.speed import ALL_BLOCKS, SpeedOptions
 from tests.shell import shell_environment
 from tools import bench_step

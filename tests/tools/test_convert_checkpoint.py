@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
-from model.aim import AIM
+from model.methods.aim import AIM
 from model.parameters import count_parameters
 from model.video import VideoModel
 from tests import official_files

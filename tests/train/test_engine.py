@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.aim import AIMOptions
 from model.geometry import ViTGeometry
 from model.methods import METHODS
+from model.methods.aim import AIMOptions
 from pipelines.plan import Turn, draw_masks
 from tests.train.runs import FP32, metrics, run_here, trace
 from train import engine as engine_module

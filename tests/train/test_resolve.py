@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from model.aim import AIMOptions, SpaceOnlyOptions
 from model.methods import METHODS
+from model.methods.aim import AIMOptions, SpaceOnlyOptions
 from pipelines.plan import ClipOptions
 from train.config import Batch, ModelConfig
 from train.resolve import DEEPSPEED_KEYS, config_from_dict, load_config, resolve_batch

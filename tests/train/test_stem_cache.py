@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.aim import AIMOptions
+from model.methods.aim import AIMOptions
 from model.video import VideoModel
 from pipelines.loader import NO_PLAN, ClipLoader
 from pipelines.plan import ClipOptions, ClipPlan, Turn, plan_clip

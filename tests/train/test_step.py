@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.aim import AIMOptions
+from model.methods.aim import AIMOptions
 from model.video import VideoModel
 from pipelines.loader import ClipBatch
 from pipelines.plan import ClipPlan, MixPlan, Turn, draw_masks

@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.aim import AIM, AIMOptions, Block, Finetuned, Frozen, SpaceOnlyOptions, adapted_layers
 from model.backbone import load_image_tower
 from model.geometry import ImageTower, ViTGeometry
+from model.methods.aim import AIM, AIMOptions, Block, Finetuned, Frozen, SpaceOnlyOptions, adapted_layers
 from model.open_clip_models import load_clip
 from model.parameters import count_parameters
 from model.video import VideoModel
 from tests.towers import CLIP, IMAGENET, tower
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LADDER: dict[str, tuple[str, ...]] = {
     "frozen": (),
     "spatial": ("spatial",),

@@ -1,59 +1,62 @@
 """The methods by name: how each is built from a recipe, and built again from what a checkpoint says of it.
 
-A new method is a subclass of `VideoModel` with a dataclass of options, and an entry here.
+Every file of this folder declares `METHODS` (see `model.method`); what is here finds them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from model.aim import AIM, AIMOptions, Finetuned, Frozen, SpaceOnlyOptions
 from model.backbone import load_image_tower
-from model.geometry import Geometry, ImageTower, SwinGeometry, ViTGeometry
-from model.swin import AIMSwin, VideoSwin, VideoSwinOptions
-from model.timesformer import TimeSformer, TimeSformerCLIP, TimeSformerCLIPOptions, TimeSformerOptions
+from model.geometry import CLIPGeometry, Geometry, ImageTower, SwinGeometry, ViTGeometry
+from model.method import Method
+from model.official import Format
 from model.video import VideoModel
 
-_GEOMETRIES: dict[str, type] = {"vit": ViTGeometry, "swin": SwinGeometry}
+_GEOMETRIES: dict[str, type[Geometry]] = {kind.kind: kind for kind in (ViTGeometry, CLIPGeometry, SwinGeometry)}
+_KINDS_OF_MODEL = {
+    ViTGeometry: "an image transformer with a class token",
+    CLIPGeometry: "a CLIP model with its text tower",
+    SwinGeometry: "a Swin transformer",
+}
 _DESCRIBED = ("method", "backbone", "geometry", "num_classes", "num_frames", "options")
 _MOST = 10**9  # of any number in a description, so that no damaged one claims a machine's memory
-_MOST_INT = 16384
+_MOST_INT = 10**6
+_MOST_WIDTH = 16384
 _MOST_FRAMES = 4096
 _MOST_LAYERS = 512
 
 _KINDS = {int: f"a whole number, 0 to {_MOST_INT}", float: "a number", bool: "true or false", str: "text"}
 _LISTED = {int: "whole numbers", float: "numbers", str: "texts"}
 
-Create = Callable[[ImageTower, int | None, int, Any], VideoModel]
+
+def _collected() -> dict[str, Method]:
+    """What the files of this folder declare, in the order of their names."""
+    files = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return {method.name: method for file in files for method in importlib.import_module(f"{__name__}.{file}").METHODS}
 
 
-@dataclass(frozen=True)
-class Method:
-    """A method: what it is in one line, the dataclass of its options, and its model for each kind of image model."""
-
-    summary: str
-    options: type
-    models: Mapping[type[Geometry], Create]
+METHODS: dict[str, Method] = _collected()
+FORMATS: dict[str, Format] = {entry.name: entry for method in METHODS.values() for entry in method.formats}
+"""Every form in which models of these methods are published."""
 
 
-METHODS: dict[str, Method] = {
-    "aim": Method("frozen image model with adapters", AIMOptions, {ViTGeometry: AIM, SwinGeometry: AIMSwin}),
-    "frozen": Method("frozen image model, frame by frame, new head", SpaceOnlyOptions, {ViTGeometry: Frozen}),
-    "finetuned": Method("the same with all of it trained", SpaceOnlyOptions, {ViTGeometry: Finetuned}),
-    "timesformer": Method("divided space-time attention, as published", TimeSformerOptions, {ViTGeometry: TimeSformer}),
-    "timesformer_clip": Method(
-        "divided space-time attention, as the AIM paper compares",
-        TimeSformerCLIPOptions,
-        {ViTGeometry: TimeSformerCLIP},
-    ),
-    "video_swin": Method("3-D shifted windows, all trained", VideoSwinOptions, {SwinGeometry: VideoSwin}),
-}
+def format_of(description: Mapping[str, Any]) -> Format:
+    """The format that publishes models like the described one; ValueError if none does."""
+    for entry in FORMATS.values():
+        if entry.holds(description):
+            return entry
+    raise ValueError(
+        f"no published format holds a model of method {description['method']} like this one: its image model, or its "
+        f"options, are others than in {', '.join(FORMATS)}"
+    )
 
 
 def create(
@@ -67,11 +70,10 @@ def create(
     entry = METHODS.get(method)
     if entry is None:
         raise ValueError(f"unknown method {method!r}; allowed is {', '.join(METHODS)}")
-    model = entry.models.get(type(tower.geometry))
+    model = next((model for kind, model in entry.models.items() if isinstance(tower.geometry, kind)), None)
     if model is None:
-        kinds = {ViTGeometry: "an image transformer with a class token", SwinGeometry: "a Swin transformer"}
-        needed = " or ".join(kinds[kind] for kind in entry.models)
-        raise ValueError(f"method {method} needs {needed}, and model.name is {kinds[type(tower.geometry)]}")
+        needed = " or ".join(_KINDS_OF_MODEL[kind] for kind in entry.models)
+        raise ValueError(f"method {method} needs {needed}, and model.name is {_KINDS_OF_MODEL[type(tower.geometry)]}")
     return model(tower, num_classes, num_frames, entry.options() if options is None else options)
 
 
@@ -85,12 +87,21 @@ def build(
     seed: int = 0,
     normalisation: str = "",
     options: Any | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> VideoModel:
-    """As `create`, on an image model by name (`model.backbone.load_image_tower`); the same for the same arguments."""
+    """As `create`, on an image model by name (`model.backbone.load_image_tower`); the same for the same arguments.
+
+    `class_names`: of the classes, for models that read them.
+    """
     torch.manual_seed(seed)
-    text_tower = getattr(options, "temporal_weights", "") == "text"
+    entry = METHODS[method]
+    options = entry.options() if options is None else options
+    text_tower = entry.reads_texts(options)
     tower = load_image_tower(name, pretrained, normalisation=normalisation, text_tower=text_tower)
-    return create(method, tower, num_classes=num_classes, num_frames=num_frames, options=options)
+    model = create(method, tower, num_classes=num_classes, num_frames=num_frames, options=options)
+    if class_names is not None:
+        model.name_classes(class_names)
+    return model
 
 
 def describe(model: VideoModel) -> dict[str, Any]:
@@ -98,7 +109,7 @@ def describe(model: VideoModel) -> dict[str, Any]:
     method = next(name for name, entry in METHODS.items() if type(model) in entry.models.values())
     return {
         "method": method,
-        "backbone": "vit" if isinstance(model.geometry, ViTGeometry) else "swin",
+        "backbone": model.geometry.kind,
         "geometry": dataclasses.asdict(model.geometry),
         "num_classes": model.num_classes,
         "num_frames": model.num_frames,
@@ -172,7 +183,7 @@ def _allowed(hint: Any) -> str:
 def _require_sane(geometry: Geometry) -> None:
     """ValueError for numbers of which no image model can be made, or only one too large for any machine."""
     plain = dataclasses.asdict(geometry)
-    for name, most in {"width": _MOST_INT, "layers": _MOST_LAYERS, "patch_size": 1024, "image_size": 8192}.items():
+    for name, most in {"width": _MOST_WIDTH, "layers": _MOST_LAYERS, "patch_size": 1024, "image_size": 8192}.items():
         if name in plain and not 1 <= plain[name] <= most:
             raise ValueError(f"model.geometry.{name} = {plain[name]}; allowed is 1 to {most}")
     if min(geometry.std) <= 0:
@@ -183,8 +194,13 @@ def _require_sane(geometry: Geometry) -> None:
         )
     if isinstance(geometry, ViTGeometry):
         widths, heads = [geometry.width], [geometry.heads]
+        if geometry.embed_dim > _MOST_WIDTH:
+            raise ValueError(f"model.geometry.embed_dim = {geometry.embed_dim}; allowed is 0 to {_MOST_WIDTH}")
         if not 0 < geometry.eps < 1:
             raise ValueError(f"model.geometry.eps = {geometry.eps}; allowed is 0 < eps < 1")
+        if isinstance(geometry, CLIPGeometry):
+            _require_sane_texts(geometry)
+            widths, heads = [*widths, geometry.text_width], [*heads, geometry.text_heads]
     else:
         widths = [geometry.width * 2**stage for stage in range(len(geometry.depths))]
         heads = list(geometry.heads)
@@ -201,6 +217,19 @@ def _require_sane(geometry: Geometry) -> None:
     for width, count in zip(widths, heads, strict=True):
         if count < 1 or width % count:
             raise ValueError(f"model.geometry.heads = {count}; allowed is a divisor of the width {width}")
+
+
+def _require_sane_texts(geometry: CLIPGeometry) -> None:
+    """As `_require_sane`, of the text tower."""
+    most = {
+        "text_width": _MOST_WIDTH,
+        "text_layers": _MOST_LAYERS,
+        "context_length": _MOST_FRAMES,
+        "vocab_size": _MOST_INT,
+    }
+    for name, allowed in most.items():
+        if not 1 <= getattr(geometry, name) <= allowed:
+            raise ValueError(f"model.geometry.{name} = {getattr(geometry, name)}; allowed is 1 to {allowed}")
 
 
 def _require_keys(section: str, values: Any, allowed: Iterable[str], required: Iterable[str]) -> None:

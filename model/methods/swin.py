@@ -18,19 +18,24 @@ M independent entries, N tokens that attend to each other, P windows side by sid
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
-from math import prod
+from math import isqrt, prod
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.aim import Adapter, AIMOptions, adapted_layers
+from model.adapters import Adapter, AIMOptions, adapted_layers
 from model.attention import attention
+from model.backbone import NORMALISATIONS
 from model.geometry import ImageTower, SwinGeometry
 from model.layers import LayerNorm, Linear
+from model.method import Method
+from model.official import IMAGE_HEAD, Format, Reading, Shapes, has, reading, shape_of
 from model.speed import call_block
 from model.video import VideoModel, drop_path_rates, load_tower_weights
 from model.vit import initialise
@@ -40,6 +45,14 @@ Size = tuple[int, ...]
 
 TUBELET = 2
 """Frames that the stem joins to one time step."""
+SWIN_MARK = r"^layers\.\d+\.blocks\.\d+\."
+COMPUTED = (
+    r".*\.(relative_position_index|attn_mask|t_relative_coords)",
+    "computed from the geometry when the model is built",
+)
+_PUBLISHED_WINDOW = 7  # of every published Video Swin; its tables show no more than the product of the window's sides
+_PUBLISHED_FRAMES = 32
+_MOST_BLOCKS = 512
 MASKED = -100.0
 """Logit of a pair of tokens in one shifted window that are no neighbours in the picture."""
 
@@ -69,6 +82,7 @@ class AIMSwin(VideoModel):
     """
 
     biased_attention = True
+    time_axes: ClassVar[Mapping[str, int]] = {"temporal_embedding": 1, "temporal_position_bias_table": 0}
     trained_names = ("temporal_embedding", "ln_post", "cls_head", "Adapter")  # official tools/train.py
     undecayed_names = ("absolute_pos_embed", "relative_position_bias_table", "norm")
 
@@ -472,3 +486,98 @@ def _masked(branch_BTHWC: Tensor, masks: Tensor | None, column: int) -> Tensor:
 
 def _small_normal(*shape: int) -> Tensor:
     return nn.init.trunc_normal_(torch.empty(*shape), std=0.02)
+
+
+def is_flat(shapes: Shapes) -> bool:
+    """Whether windows have no extent in time: AIM's, not Video Swin's. Takes bare names and ours alike."""
+    return has(r"Adapter|\.temporal_position_bias_table$", shapes) or _has_flat_windows(shapes)
+
+
+def read_swin(entry: Format, shapes: Shapes) -> tuple[SwinGeometry, int, dict[str, Any]]:
+    """Geometry, frames, and what of them no tensor shows; a temporal table of 2T' - 1 rows tells T = 2T' frames."""
+    width, _, _, patch, _ = shape_of(entry, shapes, "backbone.patch_embed.proj.weight", 5)
+    depths: dict[int, int] = {}
+    for name in shapes:
+        if match := re.match(r"backbone\.layers\.(\d+)\.blocks\.(\d+)\.", name):
+            depths[int(match[1])] = max(depths.get(int(match[1]), 0), int(match[2]) + 1)
+    if absent := [stage for stage in range(len(depths)) if stage not in depths]:
+        raise ValueError(f"no tensor of stage {absent[0]} (layers.{absent[0]}.…) is there")
+    if max(depths.values()) > _MOST_BLOCKS:
+        raise ValueError(f"a stage has {max(depths.values())} blocks by its names; allowed are 1 to {_MOST_BLOCKS}")
+    table = "backbone.layers.{}.blocks.0.attn.relative_position_bias_table"
+    tables = [shape_of(entry, shapes, table.format(stage), 2) for stage in range(len(depths))]
+    window = _flat_window(tables[0][0]) if is_flat(shapes) else _PUBLISHED_WINDOW
+    if window is None:
+        raise ValueError(f"{table.format(0)} has {tables[0][0]} rows; (2 · window - 1)² is needed, such as 169")
+    mean, std = NORMALISATIONS["imagenet"]
+    geometry = SwinGeometry(
+        width=width,
+        depths=tuple(depths[stage] for stage in range(len(depths))),
+        heads=tuple(heads for _, heads in tables),
+        window=window,
+        patch_size=patch,
+        image_size=patch * window * 2 ** (len(depths) - 1),  # as of every published Swin: the last stage is one window
+        mean=mean,
+        std=std,
+    )
+    assumed = {"image_size": geometry.image_size}
+    temporal = [shape for name, shape in shapes.items() if name.endswith(".temporal_position_bias_table")]
+    if temporal:
+        return geometry, temporal[0][0] + 1, assumed
+    return geometry, _PUBLISHED_FRAMES, assumed | {"num_frames": _PUBLISHED_FRAMES}
+
+
+def unshifted(geometry: SwinGeometry) -> set[int]:
+    """The blocks that attend over time: every stage's first, third, …"""
+    starts = [sum(geometry.depths[:stage]) for stage in range(len(geometry.depths))]
+    return {start + i for start, depth in zip(starts, geometry.depths, strict=True) for i in range(0, depth, 2)}
+
+
+def _temporal_window(entry: Format, shapes: Shapes) -> int:
+    """Time steps W of Video Swin's windows: a table has (2W - 1) · 13 · 13 rows."""
+    name = "backbone.layers.0.blocks.0.attn.relative_position_bias_table"
+    rows = shape_of(entry, shapes, name, 2)[0]
+    quotient, rest = divmod(rows, (2 * _PUBLISHED_WINDOW - 1) ** 2)
+    if rest or quotient % 2 == 0:
+        raise ValueError(f"{name} has {rows} rows; (2 · time steps - 1) · 13 · 13 is needed, such as 2535")
+    return (quotient + 1) // 2
+
+
+def _has_flat_windows(shapes: Shapes) -> bool:
+    tables = [shape for name, shape in shapes.items() if name.endswith(".relative_position_bias_table")]
+    return bool(tables) and all(len(shape) == 2 and _flat_window(shape[0]) is not None for shape in tables)
+
+
+def _flat_window(rows: int) -> int | None:
+    """Side of a window whose bias table has (2 · side - 1)² rows."""
+    side = isqrt(rows)
+    return (side + 1) // 2 if side * side == rows and side % 2 else None
+
+
+def _read_video_swin(entry: Format, shapes: Shapes) -> Reading:
+    geometry, frames, assumed = read_swin(entry, shapes)
+    options = {"temporal_window": _temporal_window(entry, shapes)}
+    return reading(entry, shapes, geometry, frames, options, assumed)
+
+
+METHODS = (
+    Method(
+        "video_swin",
+        "3-D shifted windows, all trained",
+        VideoSwinOptions,
+        {SwinGeometry: VideoSwin},
+        (
+            Format(
+                name="video_swin",
+                summary="Video Swin",
+                family="video_swin",
+                method="video_swin",
+                marks=(SWIN_MARK, lambda shapes: not is_flat(shapes)),
+                read=_read_video_swin,
+                holds=lambda description: description["method"] == "video_swin",
+                dropped=(COMPUTED, IMAGE_HEAD),
+            ),
+        ),
+        shown_options=("temporal_window",),
+    ),
+)

@@ -13,9 +13,9 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 from torchvision.models.video import SwinTransformer3d
 
-from model.aim import AIMOptions
 from model.geometry import ImageTower, SwinGeometry
-from model.swin import AIMSwin, VideoSwin, VideoSwinOptions, inflate
+from model.methods.aim import AIMOptions
+from model.methods.swin import AIMSwin, VideoSwin, VideoSwinOptions, inflate
 from model.video import VideoModel
 
 SMALL = SwinGeometry(width=32, depths=(2, 2), heads=(1, 2), image_size=56)

@@ -5,7 +5,7 @@ for Efficient Video Action Recognition", ICLR 2023; official files `vit_clip.py`
 Every block attends twice with the same frozen weights: over time, then over space. Small bottleneck adapters stand
 after each attention (temporal, spatial) and beside the MLP (joint); they, a temporal embedding, the last layer norm
 and the head are all that trains. With zero-initialised adapters the network starts as the image model applied frame by
-frame. AIM on Swin is in `model.swin`.
+frame. AIM on Swin is in `model.methods.swin`.
 
 Parameters bear the names of the official CLIP checkpoints, whatever image model stands behind them.
 Official DropPath drops along the first axis of whatever layout its tensor has: on CLIP a token position for the whole
@@ -17,102 +17,41 @@ Legend of shapes: B clips, T frames, N tokens a frame (class token first), D wid
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.geometry import ImageTower, ViTGeometry
-from model.layers import LayerNorm, Linear
-from model.video import VideoModel, drop_path_rates, load_tower_weights
+from model.adapters import ADAPTERS, Adapter, AIMOptions, adapted_layers
+from model.geometry import Geometry, ImageTower, SwinGeometry, ViTGeometry
+from model.layers import LayerNorm
+from model.method import Method
+from model.methods.swin import COMPUTED, SWIN_MARK, AIMSwin, is_flat, read_swin, unshifted
+from model.official import (
+    CLIP_MARK,
+    IMAGE_HEAD,
+    PROJECTION,
+    TIMM_MARK,
+    TIMM_NAMES,
+    Format,
+    Reading,
+    Shapes,
+    blocks_of,
+    official_name,
+    ratio_of,
+    read_clip_vit,
+    read_timm_vit,
+    reading,
+    shape_of,
+)
+from model.timm_models import LEADING_ONES
+from model.video import BACKBONE, VideoModel, drop_path_rates, load_tower_weights
 from model.vit import MLP, Attention, ViT, initialise
 
-ADAPTERS = ("spatial", "temporal", "joint")
-_ANY_DEPTH = 1024  # more than any model has
-
-
-@dataclass(frozen=True)
-class AIMOptions:
-    """What of AIM is built; the defaults are the published Kinetics-400 settings."""
-
-    adapters: tuple[str, ...] = ADAPTERS
-    """Which adapters stand in each block: the paper's ladder is (), spatial, spatial + temporal, all three. Without
-    the temporal one no temporal attention runs and there is no temporal embedding: the model is space-only."""
-    positions: str | tuple[int, ...] = "all"
-    """Which blocks have adapters; the others run as plain blocks of the image model. "all", "bottom 6" (nearest the
-    input), "top 6", "every 2" (the second, the fourth, …), or a list of block numbers from 0."""
-    temporal_adapters: int = 1
-    """2 adds one before the temporal attention (Something-Something V2)."""
-    temporal_weights: str = "reuse"
-    """Whose weights attend over time: "reuse" those that attend over space (AIM), or "text": an experiment, those of
-    the frozen text tower that belongs to a CLIP model, where it is as wide. (There they see only what came before; here
-    every frame sees all.)"""
-    adapter_ratio: float = 0.25
-    adapter_scale: float = 0.5
-    """s, the weight of the joint adapter's branch (Swin: always 0.5, as published)."""
-    temporal_embedding: str = "input"
-    """Where the temporal embedding is added, which trains: to the "input" (AIM), so that gradients go all the way down;
-    or before the lowest block with "adapters", so that nothing below needs any. No difference but the place of a norm
-    where all blocks are adapted."""
-    drop_path: float = 0.2
-    """Drop rate of the last block's temporal and joint branches; block i of L has drop_path · i / (L - 1)."""
-    drop_path_axis: str = "clip"
-    """What is dropped: "clip", a clip's branch; "official", what the official code drops (on CLIP a token position for
-    all clips of a micro-batch, on ImageNet's ViT a frame; not for Swin)."""
-    head_dropout: float = 0.5
-    shipped_freezing: bool = False
-    """Of Swin: freeze the temporal bias tables and the last norm, as the shipped code does by their names."""
-
-    def __post_init__(self) -> None:
-        unknown = [name for name in self.adapters if name not in ADAPTERS]
-        if unknown:
-            raise ValueError(f"model.adapters: {unknown[0]!r} is none of {', '.join(ADAPTERS)}")
-        if len(set(self.adapters)) < len(self.adapters):
-            raise ValueError(f"model.adapters = {list(self.adapters)}; each may be named once")
-        if self.temporal_adapters not in (1, 2):
-            raise ValueError(f"model.temporal_adapters = {self.temporal_adapters}; allowed are 1 and 2")
-        if not 0 < self.adapter_ratio <= 4:
-            raise ValueError(f"model.adapter_ratio = {self.adapter_ratio}; allowed is 0 < ratio <= 4")
-        if not 0 <= self.adapter_scale < float("inf"):
-            raise ValueError(f"model.adapter_scale = {self.adapter_scale}; allowed is 0 or more")
-        for name in ("drop_path", "head_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"model.{name} = {getattr(self, name)}; allowed is 0 <= rate < 1")
-        for name, allowed in (
-            ("temporal_weights", ("reuse", "text")),
-            ("temporal_embedding", ("input", "adapters")),
-            ("drop_path_axis", ("clip", "official")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"model.{name} = {getattr(self, name)!r}; allowed is {' or '.join(allowed)}")
-        adapted_layers(self.positions, _ANY_DEPTH)  # its form alone: the depth is not known yet
-
-
-def adapted_layers(positions: str | tuple[int, ...], layers: int) -> frozenset[int]:
-    """The blocks, of `layers`, that `AIMOptions.positions` names; ValueError for a form or a number that is none."""
-    if isinstance(positions, str):
-        if positions == "all":
-            return frozenset(range(layers))
-        match = re.fullmatch(r"(bottom|top|every) ([1-9][0-9]{0,5})", positions)
-        if match and int(match[2]) <= layers:
-            count = int(match[2])
-            return frozenset(
-                {
-                    "bottom": range(count),
-                    "top": range(layers - count, layers),
-                    "every": range(count - 1, layers, count),
-                }[match[1]]
-            )
-    elif positions and all(
-        type(layer) is int and 0 <= layer < layers and positions.count(layer) == 1 for layer in positions
-    ):
-        return frozenset(positions)
-    shown = f'"{positions}"' if isinstance(positions, str) else list(positions)
-    raise ValueError(
-        f'model.positions = {shown}; allowed is "all", "bottom K", "top K", "every K", or a list of different block '
-        f"numbers from 0{'' if layers == _ANY_DEPTH else f'; the model has {layers} blocks'}"
-    )
+PUBLISHED_FRAMES = 8
+"""Of the first published models for Kinetics-400, where no tensor depends on it."""
 
 
 class AIM(VideoModel):
@@ -233,19 +172,6 @@ class Block(nn.Module):
         return torch.addcmul(x_BTND, branch_BTND, mask)
 
 
-class Adapter(nn.Module):
-    """Bottleneck D → hidden → D with GELU between, times a factor; the caller adds the skip connection where the paper
-    has one."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.D_fc1 = Linear(width, hidden)
-        self.D_fc2 = Linear(hidden, width)
-
-    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
-        return self.D_fc2(F.gelu(self.D_fc1(x)), output_factor=factor)
-
-
 @dataclass(frozen=True)
 class SpaceOnlyOptions:
     """The baselines that see no time: nothing but the head's dropout can be set."""
@@ -279,3 +205,135 @@ class Frozen(Finetuned):
     """Frozen space-only, the linear probe: only the last layer norm and the head train, as in AIM without adapters."""
 
     trained_names = ("ln_post", "cls_head")
+
+
+def published(description: Mapping[str, Any]) -> bool:
+    """Whether the options that no published format knows are as published."""
+    experiments = {"temporal_weights": "reuse", "temporal_embedding": "input"}
+    return all(description["options"].get(name, value) == value for name, value in experiments.items())
+
+
+def stands_on(description: Mapping[str, Any], *, ln_pre: bool) -> bool:
+    """Whether the image model is CLIP's ViT (`ln_pre`), or else ImageNet's."""
+    geometry = description["geometry"]
+    of_vit = description["backbone"] != SwinGeometry.kind
+    return of_vit and geometry["ln_pre"] == ln_pre and geometry["patch_bias"] != ln_pre
+
+
+def _holds(description: Mapping[str, Any]) -> bool:
+    """Whether it is of AIM, or one of the baselines, which its files hold as AIM without adapters."""
+    return description["method"] in ("aim", "frozen", "finetuned") and published(description)
+
+
+def _read_clip(entry: Format, shapes: Shapes) -> Reading:
+    return _read_on_vit(entry, shapes, read_clip_vit(entry, shapes))
+
+
+def _read_timm(entry: Format, shapes: Shapes) -> Reading:
+    return _read_on_vit(entry, shapes, read_timm_vit(entry, shapes))
+
+
+def _read_on_vit(entry: Format, shapes: Shapes, geometry: ViTGeometry) -> Reading:
+    assumed: dict[str, Any] = {"heads": geometry.heads, "quick_gelu": geometry.quick_gelu}
+    options = _read_adapters(entry, shapes, geometry)
+    if "joint" in options["adapters"]:
+        assumed["adapter_scale"] = options["adapter_scale"]
+    name = "backbone.temporal_embedding"
+    if name in shapes:
+        return reading(entry, shapes, geometry, shape_of(entry, shapes, name, 3)[1], options, assumed)
+    return reading(entry, shapes, geometry, PUBLISHED_FRAMES, options, assumed | {"num_frames": PUBLISHED_FRAMES})
+
+
+def _read_on_swin(entry: Format, shapes: Shapes) -> Reading:
+    geometry, frames, assumed = read_swin(entry, shapes)
+    return reading(entry, shapes, geometry, frames, _read_adapters(entry, shapes, geometry), assumed)
+
+
+def _read_adapters(entry: Format, shapes: Shapes, geometry: Geometry) -> dict[str, Any]:
+    """Which adapters stand in which blocks, how wide they are, and the scale that was published with them."""
+    of_swin = isinstance(geometry, SwinGeometry)
+    names = ("S_Adapter2", "T_Adapter", "S_Adapter") if of_swin else ("S_Adapter", "T_Adapter", "MLP_Adapter")
+    parts = dict(zip(names, ADAPTERS, strict=True))
+    standing: dict[str, set[int]] = {name: set() for name in (*names, "T_Adapter_in")}
+    ratios = set()
+    for number, name in blocks_of(shapes, geometry):
+        adapter, _, rest = re.sub(r".*?blocks\.\d+\.", "", name, count=1).partition(".")
+        if adapter in standing:
+            standing[adapter].add(number)
+            if rest == "D_fc1.weight":
+                ratios.add(ratio_of(*shape_of(entry, shapes, name, 2)))
+    present = [name for name in parts if standing[name]]
+    adapted = set().union(*(standing[name] for name in present)) if present else set()
+    for name in present:
+        wanted = adapted
+        if isinstance(geometry, SwinGeometry) and name == "T_Adapter":
+            wanted = adapted & unshifted(geometry)
+        if lacking := sorted(wanted - standing[name]):
+            raise ValueError(f"block {lacking[0]} has no {name} and other blocks have one; adapted blocks are alike")
+    if len(ratios) > 1:
+        raise ValueError(
+            f"the adapters have different ratios of bottleneck to width ({sorted(ratios)}); one is allowed"
+        )
+    embedding = f"{BACKBONE}.temporal_embedding"
+    if embedding in shapes and "T_Adapter" not in present:
+        raise ValueError(
+            f"{official_name(entry, embedding)} is there and no T_Adapter: a model without temporal adapters has no "
+            "temporal embedding; remove it, or give the file that has them"
+        )
+    two = bool(standing["T_Adapter_in"])
+    return {
+        "adapters": tuple(parts[name] for name in present),
+        "positions": "all" if not adapted or len(adapted) == geometry.layers else tuple(sorted(adapted)),
+        "temporal_adapters": 2 if two else 1,
+        "adapter_scale": 1.0 if two else 0.5,
+        **({"adapter_ratio": ratios.pop()} if ratios else {}),
+    }
+
+
+METHODS = (
+    Method(
+        "aim",
+        "frozen image model with adapters",
+        AIMOptions,
+        {ViTGeometry: AIM, SwinGeometry: AIMSwin},
+        (
+            Format(
+                name="aim_clip",
+                summary="AIM on CLIP's ViT",
+                family="aim",
+                method="aim",
+                marks=(CLIP_MARK,),
+                read=_read_clip,
+                holds=lambda description: _holds(description) and stands_on(description, ln_pre=True),
+                dropped=(PROJECTION,),
+            ),
+            Format(
+                name="aim_in21k",
+                summary="AIM on ImageNet-21k's ViT",
+                family="aim",
+                method="aim",
+                marks=(TIMM_MARK,),
+                read=_read_timm,
+                holds=lambda description: _holds(description) and stands_on(description, ln_pre=False),
+                names=TIMM_NAMES,
+                blocks="blocks",
+                dropped=(IMAGE_HEAD,),
+                leading_ones=LEADING_ONES,
+            ),
+            Format(
+                name="aim_swin",
+                summary="AIM on Swin",
+                family="aim",
+                method="aim",
+                marks=(SWIN_MARK, is_flat),
+                read=_read_on_swin,
+                holds=lambda description: _holds(description) and description["backbone"] == SwinGeometry.kind,
+                dropped=(COMPUTED, IMAGE_HEAD),
+            ),
+        ),
+        shown_options=("adapters", "positions", "temporal_adapters", "temporal_weights", "adapter_ratio"),
+        reads_texts=lambda options: options.temporal_weights == "text",
+    ),
+    Method("frozen", "frozen image model, frame by frame, new head", SpaceOnlyOptions, {ViTGeometry: Frozen}),
+    Method("finetuned", "the same with all of it trained", SpaceOnlyOptions, {ViTGeometry: Finetuned}),
+)

@@ -28,11 +28,26 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from model.aim import AIM
 from model.geometry import ImageTower, ViTGeometry
 from model.layers import LayerNorm, Linear
+from model.method import Method
+from model.methods.aim import AIM, stands_on
+from model.official import (
+    CLIP_MARK,
+    PROJECTION,
+    TIMM_MARK,
+    TIMM_NAMES,
+    Format,
+    Reading,
+    Shapes,
+    read_clip_vit,
+    read_timm_vit,
+    reading,
+    shape_of,
+)
 from model.speed import call_block
-from model.video import VideoModel, drop_path_rates, load_tower_weights
+from model.timm_models import LEADING_ONES
+from model.video import Head, VideoModel, drop_path_rates, load_tower_weights
 from model.vit import MLP, Attention, ViT, initialise
 
 
@@ -190,5 +205,76 @@ class TimeSformer(_DividedSpaceTime):
         for module in self.modules():
             if isinstance(module, Block):
                 nn.init.zeros_(module.T_Adapter.weight)
-        if self.cls_head is not None:
+        if isinstance(self.cls_head, Head):
             nn.init.trunc_normal_(self.cls_head.fc_cls.weight, std=0.02)
+
+
+def _read_facebook(entry: Format, shapes: Shapes) -> Reading:
+    return _read_frames(entry, shapes, read_timm_vit(entry, shapes, "timesformer"))
+
+
+def _read_clip(entry: Format, shapes: Shapes) -> Reading:
+    return _read_frames(entry, shapes, read_clip_vit(entry, shapes))
+
+
+def _read_frames(entry: Format, shapes: Shapes, geometry: ViTGeometry) -> Reading:
+    _, frames, _ = shape_of(entry, shapes, "backbone.temporal_embedding", 3)
+    assumed = {"heads": geometry.heads, "quick_gelu": geometry.quick_gelu}
+    return reading(entry, shapes, geometry, frames, {}, assumed)
+
+
+METHODS = (
+    Method(
+        "timesformer",
+        "divided space-time attention, as published",
+        TimeSformerOptions,
+        {ViTGeometry: TimeSformer},
+        (
+            Format(
+                name="timesformer",
+                summary="TimeSformer, divided space-time attention",
+                family="timesformer",
+                method="timesformer",
+                marks=(TIMM_MARK, r"^time_embed$|\.temporal_(attn|norm1|fc)\."),
+                read=_read_facebook,
+                holds=lambda description: (
+                    description["method"] == "timesformer" and stands_on(description, ln_pre=False)
+                ),
+                names={
+                    **TIMM_NAMES,
+                    "time_embed": "temporal_embedding",
+                    "norm": "ln_post",
+                    "temporal_norm1": "t_norm",
+                    "temporal_attn.qkv.weight": "t_attn.in_proj_weight",
+                    "temporal_attn.qkv.bias": "t_attn.in_proj_bias",
+                    "temporal_attn.proj": "t_attn.out_proj",
+                    "temporal_fc": "T_Adapter",
+                },
+                blocks="blocks",
+                outside={"head": "cls_head.fc_cls"},
+                prefix="",
+                leading_ones=LEADING_ONES,
+            ),
+        ),
+    ),
+    Method(
+        "timesformer_clip",
+        "divided space-time attention, as the AIM paper compares",
+        TimeSformerCLIPOptions,
+        {ViTGeometry: TimeSformerCLIP},
+        (
+            Format(
+                name="timesformer_clip",
+                summary="TimeSformer on CLIP, of AIM's repository",
+                family="timesformer_clip",
+                method="timesformer_clip",
+                marks=(CLIP_MARK, r"\.t_(attn|norm)\."),
+                read=_read_clip,
+                holds=lambda description: (
+                    description["method"] == "timesformer_clip" and stands_on(description, ln_pre=True)
+                ),
+                dropped=(PROJECTION,),
+            ),
+        ),
+    ),
+)

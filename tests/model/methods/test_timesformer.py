@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model import official
-from model.aim import Finetuned, SpaceOnlyOptions
 from model.geometry import ImageTower, ViTGeometry
-from model.timesformer import TimeSformer, TimeSformerCLIP, TimeSformerCLIPOptions, TimeSformerOptions
+from model.methods import FORMATS
+from model.methods.aim import Finetuned, SpaceOnlyOptions
+from model.methods.timesformer import TimeSformer, TimeSformerCLIP, TimeSformerCLIPOptions, TimeSformerOptions
 from tests.golden import load_golden
 
 Form = type[TimeSformer] | type[TimeSformerCLIP]
@@ -84,7 +85,7 @@ def test_published_parameter_counts(form: Form, geometry: ViTGeometry, classes: 
 
 def test_equals_the_published_implementation() -> None:
     state, clip, expected, _ = load_golden("timesformer_divided")
-    entry = official.recognise({name: tuple(tensor.shape) for name, tensor in state.items()})
+    entry = official.recognise({name: tuple(tensor.shape) for name, tensor in state.items()}, FORMATS.values())
     weights, dropped = official.our_names(entry, state)
     with torch.device("meta"):
         model = TimeSformer(ImageTower(IN21K_B16, {}), 400, 8, TimeSformerOptions()).eval()
