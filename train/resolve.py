@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
+import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -89,7 +91,9 @@ def load_config(recipe: str, overrides: Iterable[str] = (), deepspeed_file: str 
     table = {(section, key): (value, str(path)) for section, key, value in _flatten(document, str(path))}
     deepspeed_path = Path(deepspeed_file) if deepspeed_file else path.parent / named if named else DEEPSPEED_FILE
     deepspeed = _read_json(deepspeed_path)
+    own_method, _ = table.get(("model", "method"), (_DEFAULT_METHOD, ""))
     _override(table, deepspeed, overrides)
+    _leave_out_options(table, own_method, str(path))
     out, where = table.get(("run", "out"), ("", str(path)))
     table["run", "out"] = f"runs/{path.stem}" if out == "" else out, where
     config = _build_config(table, _check_deepspeed(deepspeed, str(deepspeed_path)))
@@ -127,6 +131,21 @@ def _override(
             table[keys[0], keys[1]] = value, where
         else:
             raise ValueError(f"{where}: a key is section.key, such as optimizer.lr, or ds.key" + _hint(keys[-1]))
+
+
+def _leave_out_options(table: dict[tuple[str, str], tuple[Any, str]], own_method: str, path: str) -> None:
+    """Where --set chose another method than the recipe's, removes the options in the recipe that are its own method's
+    alone, and says so: `model.method` is all that has to change."""
+    method, _ = table.get(("model", "method"), (own_method, ""))
+    if method == own_method or any(not isinstance(name, str) or name not in METHODS for name in (method, own_method)):
+        return
+    keys = recipe_keys("model", own_method).keys() - recipe_keys("model", method).keys()
+    left_out = sorted(key for key in keys if table.get(("model", key), (None, ""))[1] == path)
+    for key in left_out:
+        del table["model", key]
+    if left_out and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(f"model.{key}" for key in left_out)
+        print(f"{path}: left out {names}, which method {method} does not have", file=sys.stderr, flush=True)
 
 
 def _build_config(table: Mapping[tuple[str, str], tuple[Any, str]], deepspeed: dict[str, Any]) -> Config:

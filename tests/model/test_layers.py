@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from model.layers import Linear, linear
+from model.layers import BatchNorm, Linear, linear
 
 FACTORS = [(1.702, 1.0), (1.0, 1.702), (1 / 1.702, 0.5), (0.0, 2.0)]
 
@@ -91,3 +95,58 @@ def test_factors_compile_without_a_graph_break() -> None:
     y.sum().backward()
     torch.testing.assert_close(y, layer(x, output_factor=0.5).sin())
     assert layer.weight.grad is not None
+
+
+def test_batch_norm_is_torchs_in_training_and_after() -> None:
+    torch.manual_seed(0)
+    ours, theirs = BatchNorm(6), torch.nn.BatchNorm1d(6)
+    for layer in (ours, theirs):
+        with torch.no_grad():
+            layer.weight.copy_(torch.linspace(0.5, 2, 6))
+            layer.bias.copy_(torch.linspace(-1, 1, 6))
+    for _ in range(3):
+        x = 100 + 3 * torch.randn(4, 5, 6)
+        mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+        left, right = ours(mine), theirs(other.flatten(0, 1)).unflatten(0, (4, 5))
+        torch.testing.assert_close(left, right, atol=2e-4, rtol=1e-4)
+        for output in (left, right):
+            output.pow(3).sum().backward()
+        torch.testing.assert_close(mine.grad, other.grad, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean)
+    torch.testing.assert_close(ours.running_var, theirs.running_var)
+    before = ours.running_mean.clone()
+    with torch.no_grad():
+        ours(x + 1)  # nothing is learned without gradients
+    assert ours.running_mean.equal(before)
+    ours.eval(), theirs.eval()
+    torch.testing.assert_close(ours(x), theirs(x.flatten(0, 1)).unflatten(0, (4, 5)), atol=2e-4, rtol=1e-4)
+    assert ours(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_batch_norm_takes_all_processes_together(tmp_path: Path) -> None:
+    """Each has half of the clips; outputs, gradients and running statistics are those of one process with all."""
+    mp.spawn(_half_of_a_batch, args=(tmp_path,), nprocs=2)
+    halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    x, layer = _clips().requires_grad_(), BatchNorm(6, affine=False)
+    y = layer(x)
+    y.pow(3).sum().backward()
+    for name, whole in (("y", y.detach()), ("gradient", x.grad)):
+        torch.testing.assert_close(torch.cat([half[name] for half in halves]), whole)
+    for half in halves:
+        torch.testing.assert_close(half["mean"], layer.running_mean)
+        torch.testing.assert_close(half["var"], layer.running_var)
+
+
+def _clips() -> Tensor:
+    return torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(1))
+
+
+def _half_of_a_batch(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    x, layer = _clips()[2 * rank : 2 * rank + 2].requires_grad_(), BatchNorm(6, affine=False)
+    y = layer(x)
+    y.pow(3).sum().backward()
+    kept = {"y": y.detach(), "gradient": x.grad, "mean": layer.running_mean, "var": layer.running_var}
+    torch.save(kept, folder / f"{rank}.pt")
+    dist.destroy_process_group()

@@ -116,6 +116,18 @@ def test_deepspeed_file_of_the_command_line_wins_over_the_recipes(tmp_path: Path
     assert load_config(recipe).deepspeed["gradient_clipping"] == 0.0  # DeepSpeed's own default would clip at 1
 
 
+def test_another_method_leaves_the_recipes_own_options_out_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = load_config("demo", [SHARDS, "model.method=frozen"]).model
+    assert (chosen.method, chosen.options) == ("frozen", SpaceOnlyOptions(head_dropout=0.0))
+    said = capsys.readouterr().err
+    assert "left out model.adapter_scale, model.drop_path, which method frozen does not have" in said
+    with pytest.raises(ValueError, match=r"adapter_scale is no key of method frozen, which has head_dropout"):
+        load_config("demo", [SHARDS, "model.method=frozen", "model.adapter_scale=0.5"])
+    capsys.readouterr()
+    load_config("demo", [SHARDS, "model.method=aim"])
+    assert not capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
@@ -160,10 +172,6 @@ def test_deepspeed_file_of_the_command_line_wins_over_the_recipes(tmp_path: Path
         ("data.workers=-1", "allowed is 0 (automatic) to 256"),
         ("model.method=vivit", 'model.method = "vivit"; allowed is aim or frozen or finetuned'),
         ("model.method=3", "allowed is text"),
-        (
-            "model.method=frozen",
-            "model.adapter_scale is no key of method frozen, which has head_dropout; methods with it: ",
-        ),
         ("model.drop_paths=0.1", "did you mean model.drop_path?"),
         (
             "model.window=7",
