@@ -33,7 +33,7 @@ from urllib.parse import quote_from_bytes
 from pipelines.annotations import SPLITS, VIDEO_SUFFIXES
 from pipelines.encode import MAX_STORED_BYTES, library_versions
 from pipelines.processes import Lost, map_isolated
-from pipelines.shards import EncodedVideo, FrameTable, IndexBuilder, ShardInfo, checksum, write_durably, write_manifest
+from pipelines.shards import EncodedVideo, FrameTable, IndexBuilder, ShardInfo, checksum, write_manifest, write_rejects
 from pipelines.tar import Fault, Member, scan_tar
 from pipelines.video import VideoError, open_video
 
@@ -216,7 +216,7 @@ def index_tars(
             if shard is not None:
                 shards[content.split].append(shard)
     _check_splits(tars, report)
-    _write_rejects(folder, report)
+    write_rejects(folder, ("tar", "key", "reason", "detail"), report.skipped)
     facts = {"classes": list(classes), "multi_label": several, "verified": options.verify, "profile": _PROFILE}
     splits = {
         split: {"samples": report.samples[split], "shards": [asdict(shard) for shard in shards[split]]}
@@ -384,12 +384,6 @@ def _check_splits(tars: Mapping[str, Sequence[Path]], report: IndexReport) -> No
                 ", ".join(f"{count} {reason}" for reason, count in report.reasons.most_common()) or "they are empty"
             )
             raise ValueError(f"split {split}: no sample of {len(members)} tars can be used ({reasons})")
-
-
-def _write_rejects(folder: Path, report: IndexReport) -> None:
-    lines = ["tar\tkey\treason\tdetail"]
-    lines += ["\t".join(" ".join(text.split()) for text in entry) for entry in report.skipped]
-    write_durably(folder / "rejects.tsv", ("\n".join(lines) + "\n").encode("ascii", "backslashreplace"))
 
 
 def _printable(text: str) -> str:

@@ -2,7 +2,8 @@
 
 On the CPU, long-lived worker processes (`pool.py`) write decoded clips into shared memory which the trainer only maps.
 On CUDA (jpeg profile, sets that were verified when they were made), DALI decodes on the GPU in a thread of the
-trainer's process; that path has not been run on a GPU.
+trainer's process; that path has not been run on a GPU. Sets of frame features (`features.py`) are read by the worker
+processes on any machine.
 
 A sample whose index entry, bytes or content is not what it should be is reported once and replaced by a rule that needs
 no communication (`plan.substitute`), or in evaluation struck out; when too many are bad, the run stops.
@@ -22,7 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pipelines.plan import EVAL_EPOCH, ClipOptions, ClipPlan, Turn, plan_clip, substitute
+from pipelines.features import DTYPE, check_options, describe
+from pipelines.plan import EVAL_EPOCH, ClipOptions, ClipPlan, Turn, plan_clip, plan_features, substitute
 from pipelines.pool import Settled, WorkerPool
 from pipelines.read import ClipRequest, request_clip
 from pipelines.shards import ShardSet
@@ -43,7 +45,8 @@ class ClipBatch:
     """One micro-batch of B clips of T frames, as the model takes it."""
 
     frames: Tensor
-    """uint8 RGB [B, T, S, S, 3]; valid until the next batch is fetched."""
+    """uint8 RGB [B, T, S, S, 3], or of a set of frame features float16 [B, T, D]; valid until the next batch is
+    fetched."""
     labels: Tensor
     """int64 [B]; of a multi-label set multi-hot, float32 [B, C]. 0 in rows that are not valid."""
     valid: Tensor
@@ -93,7 +96,8 @@ class ClipLoader:
         device: torch.device | str = "cpu",
         known: Callable[[ClipPlan], bool] | None = None,
     ) -> None:
-        """`known`: clips whose pixels nobody needs; they are not decoded, and their frames hold anything."""
+        """`size`: of the clips' frames in pixels; without meaning for features. `known`: clips whose pixels nobody
+        needs; they are not decoded, and their frames hold anything."""
         if not 1 <= prefetch <= MAX_PREFETCH:
             raise ValueError(f"data.prefetch = {prefetch}; allowed is 1 to {MAX_PREFETCH} batches")
         if workers < 1:
@@ -102,14 +106,19 @@ class ClipLoader:
         self._known = known
         self._turns = shards.follow(iter(turns))
         self._max_bad_fraction, self._planned_before, self._ranks = max_bad_fraction, planned_before, ranks
-        shape = (prefetch + 1, micro_batch, options.num_frames, size, size, 3)
+        self._plan_clip = plan_clip if shards.features is None else plan_features
+        clips = (prefetch + 1, micro_batch, options.num_frames)
         device = torch.device(device)
         self._decoder: _Decoder
-        if decodes_on_gpu(shards, device):
-            self._decoder = gpu = _GpuThread(shape, device)
+        if shards.features is not None:
+            check_options(options, shards.features)
+            self._decoder = pool = WorkerPool((*clips, 1, 1, DTYPE.itemsize * shards.features.width), workers)
+            self._clips = torch.from_numpy(pool.clips.view(DTYPE)[:, :, :, 0, 0])
+        elif decodes_on_gpu(shards, device):
+            self._decoder = gpu = _GpuThread((*clips, size, size, 3), device)
             self._clips = gpu.clips
         else:
-            self._decoder = pool = WorkerPool(shape, workers)
+            self._decoder = pool = WorkerPool((*clips, size, size, 3), workers)
             self._clips = torch.from_numpy(pool.clips)
         self._free = deque(range(prefetch + 1))
         self._pending: deque[_Pending] = deque()
@@ -176,7 +185,7 @@ class ClipLoader:
                 self._give_up(row, str(error))
                 continue
             row.plan, row.key, row.labels = (
-                plan_clip(sample, turn, self._seed, self._options),
+                self._plan_clip(sample, turn, self._seed, self._options),
                 sample.key,
                 sample.labels,
             )
@@ -339,10 +348,13 @@ def decodes_on_gpu(shards: ShardSet, device: torch.device) -> bool:
 
 def describe_decoding(shards: ShardSet, device: torch.device, workers: int) -> str:
     """What decodes this set for training on `device`: for the log."""
+    where = f"in {workers} worker process{'es' if workers > 1 else ''} a rank"
+    if shards.features is not None:
+        return f"reading, {where}, {describe(shards.features)}"
     if decodes_on_gpu(shards, device):
-        return "DALI on the GPU"
+        return "decoding by DALI on the GPU"
     who = "DALI and OpenCV" if shards.profile == "jpeg" else "FFmpeg and OpenCV"
-    return f"{who} on the CPU in {workers} worker process{'es' if workers > 1 else ''} a rank"
+    return f"decoding by {who} on the CPU {where}"
 
 
 def default_workers(local_world: int, device: str) -> int:

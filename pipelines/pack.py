@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib import metadata
@@ -32,7 +32,7 @@ from pipelines.annotations import SPLITS, Listing, Video
 from pipelines.encode import FrameChoice, check_quality, encode_video, library_versions
 from pipelines.journal import FinishedShard, Journal, Packed, Reject, remove_leftover
 from pipelines.processes import Lost, map_isolated
-from pipelines.shards import PROFILES, EncodedVideo, ShardInfo, ShardWriter, sync_folder, write_durably, write_manifest
+from pipelines.shards import PROFILES, EncodedVideo, ShardInfo, ShardWriter, sync_folder, write_manifest, write_rejects
 from pipelines.video import VideoError
 
 _Result = tuple[EncodedVideo, int] | Reject  # what a worker makes of a video; the number is its source's bytes
@@ -136,18 +136,27 @@ def pack_videos(
     """
     if workers < 1:
         raise ValueError(f"{workers} workers: allowed is 1 or more")
-    part = unfinished_folder(out)
-    if out.exists() or out.is_symlink():
-        remove_leftover(part)
-        raise FileExistsError(f"{out} exists; packing makes a new folder: remove it or choose another name")
     plan = plan_order(listing.videos, settings.seed)
-    journal = Journal(part, _describe(plan, listing, settings), restart=restart)
-    try:
+    with writing_set(out, _describe(plan, listing, settings), restart=restart) as journal:
         packer = _Packer(source, listing, plan, settings, journal, on_video)
         packer.replay()
         packer.pack(workers)
         _write_rejects(journal.shards, packer.report)
         write_manifest(journal.shards, _manifest(listing, settings, packer.report))
+    return packer.report
+
+
+@contextlib.contextmanager
+def writing_set(out: Path, header: Mapping[str, Any], *, restart: bool) -> Iterator[Journal]:
+    """The journal of the run that `header` describes; what lies in its `shards` at the end of the block, manifest and
+    all, becomes the new folder `out`. Raises as `pack_videos`."""
+    part = unfinished_folder(out)
+    if out.exists() or out.is_symlink():
+        remove_leftover(part)
+        raise FileExistsError(f"{out} exists; packing makes a new folder: remove it or choose another name")
+    journal = Journal(part, header, restart=restart)
+    try:
+        yield journal
         journal.shards.rename(out)
         sync_folder(out.parent)
         journal.remove()
@@ -159,7 +168,6 @@ def pack_videos(
         if not journal.num_finished:
             journal.remove()
         journal.close()
-    return packer.report
 
 
 def unfinished_folder(out: Path) -> Path:
@@ -190,7 +198,7 @@ def _describe(plan: Sequence[Video], listing: Listing, settings: PackSettings) -
         "multi_label": listing.multi_label,
         **{f"number of {name}": len(value) for name, value in lists.items()},
         **{f"digest of {name}": digest for name, digest in digests.items()},
-        **{f"version of {name}": version for name, version in _versions().items()},
+        **{f"version of {name}": version for name, version in versions().items()},
     }
 
 
@@ -292,7 +300,7 @@ class _Packer:
             number = len(self.report.shards[self._split])
             self._writer = ShardWriter(self._journal.shards, f"{self._split}-{number:06d}.tar")
         labels = sorted(self._label_of[name] for name in video.labels)
-        key = f"{self._position:06d}_{_slug(video.path.stem)}"
+        key = f"{self._position:06d}_{slug(video.path.stem)}"
         self._writer.add(key, labels, encoded, _facts(video, labels, encoded, self._settings.profile))
 
     def _close_shard(self) -> None:
@@ -366,11 +374,9 @@ def _encode(settings: PackSettings, path: Path) -> _Result:
 
 
 def _write_rejects(folder: Path, report: PackReport) -> None:
-    lines = ["path\treason\tdetail"]
-    for path, reject in sorted(report.rejects, key=lambda entry: entry[0]):
-        name = os.fsencode(path).decode("utf-8", "replace")
-        lines.append("\t".join(" ".join(text.split()) for text in (name, reject.reason, reject.detail)))
-    write_durably(folder / "rejects.tsv", ("\n".join(lines) + "\n").encode())
+    rejects = sorted(report.rejects, key=lambda entry: entry[0])
+    entries = [(os.fsencode(path).decode("utf-8", "replace"), r.reason, r.detail) for path, r in rejects]
+    write_rejects(folder, ("path", "reason", "detail"), entries)
 
 
 def _manifest(listing: Listing, settings: PackSettings, report: PackReport) -> dict[str, Any]:
@@ -395,11 +401,12 @@ def _manifest(listing: Listing, settings: PackSettings, report: PackReport) -> d
             if report.samples[split]
         },
         "rejected": dict(sorted(report.reasons.items())),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of this project and the libraries that stored bytes depend on."""
     try:
         project = metadata.version("image-to-video")
     except metadata.PackageNotFoundError:
@@ -407,5 +414,6 @@ def _versions() -> dict[str, str]:
     return {"project": project, **library_versions()}
 
 
-def _slug(stem: str) -> str:
+def slug(stem: str) -> str:
+    """What of a name may stand in a key."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", stem).strip("-")[:60] or "video"

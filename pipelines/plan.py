@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pipelines.shards import Sample
 
 SAMPLINGS = ("dense", "uniform")
+SHORT = ("wrap", "hold")
 CROPS = (1, 3)
 COLOUR_JITTER = ("brightness", "contrast", "saturation", "hue")
 CHANNELS = ("red", "green", "blue")
@@ -61,10 +62,11 @@ ranges are those of imgaug 0.4's `RandAugment`, which the official code uses, wi
 are not in the paper's list) and without the flip and crop it starts with (ours are drawn once, by other options)."""
 ERASE_AREA = (0.02, 1 / 3)
 ERASE_ASPECT = (0.3, 1 / 0.3)
-_RANDOM_CHANGES = (
+PIXEL_CHANGES = (
     *("color_jitter", "grayscale", "lighting", "rand_augment"),
     *("random_erasing", "mixup_alpha", "cutmix_alpha"),
 )
+"""Options that change pixels when they are set."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,13 @@ class ClipOptions:
     each of num_frames equal segments of the whole video (Something-Something V2, Diving-48)."""
     interval: int = 16
     """Source frames between two frames of a dense clip."""
+    intervals: tuple[int, ...] = ()
+    """Intervals of dense training clips, of which one is drawn for each clip ([1, 2, 3, 3, 3, 4] is published for
+    Efficient-Prompt); evaluation takes `interval`. Empty: `interval` always."""
+    short: str = "wrap"
+    """Dense clips of videos that are too short for one: `wrap` begins again at the first frame, and a clip spans
+    num_frames · interval frames (AIM, MMAction); `hold` repeats the last frame, and a clip ends with its own last frame
+    (ST-Adapter, Efficient-Prompt)."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Share of the frame's area that a random training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -123,6 +132,8 @@ class ClipOptions:
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLINGS:
             raise ValueError(f"data.sampling = {self.sampling!r}; allowed are {', '.join(SAMPLINGS)}")
+        if self.short not in SHORT:
+            raise ValueError(f"data.short = {self.short!r}; allowed are {', '.join(SHORT)}")
         low, high = self.crop_scale
         narrow, wide = self.crop_ratio
         jitter = self.color_jitter
@@ -131,6 +142,8 @@ class ClipOptions:
         rules: list[tuple[str, bool, str]] = [
             ("num_frames", 1 <= self.num_frames <= 1024, "1 to 1024"),
             ("interval", 1 <= self.interval <= 1024, "1 to 1024"),
+            ("intervals", all(1 <= i <= 1024 for i in self.intervals), "[] or numbers, 1 to 1024 each"),
+            ("intervals", self.sampling == "dense" or not self.intervals, "[] unless data.sampling = 'dense'"),
             ("crop_scale", 0 < low <= high <= 1, "0 < low <= high <= 1"),
             ("crop_ratio", 0 < narrow <= wide < math.inf, "0 < low <= high"),
             ("flip", 0 <= self.flip <= 1, probability),
@@ -156,13 +169,15 @@ class ClipOptions:
                 value = getattr(self, name)
                 given = list(value) if isinstance(value, tuple) else value
                 raise ValueError(f"data.{name} = {given}; allowed is {allowed}")
-        for name in _RANDOM_CHANGES if self.fixed_views else ():
+        for name, given in self.set_among((*PIXEL_CHANGES, "intervals")) if self.fixed_views else ():
+            raise ValueError(f"data.fixed_views = true leaves clips as they are, and data.{name} = {given}; unset one")
+
+    def set_among(self, names: Iterable[str]) -> Iterator[tuple[str, object]]:
+        """Those of these options that are not off, with their values as a recipe has them."""
+        for name in names:
             value = getattr(self, name)
             if any(value) if isinstance(value, tuple) else value:
-                given = list(value) if isinstance(value, tuple) else value
-                raise ValueError(
-                    f"data.fixed_views = true leaves clips as they are, and data.{name} = {given}; unset one"
-                )
+                yield name, list(value) if isinstance(value, tuple) else value
 
     @property
     def num_views(self) -> int:
@@ -341,24 +356,59 @@ def num_steps(epochs: float, num_samples: int, global_batch: int) -> int:
 def plan_clip(sample: Sample, turn: Turn, seed: int, options: ClipOptions) -> ClipPlan:
     """The plan of one clip: random in training, one of the fixed views in evaluation (the middle one with
     `fixed_views`). Costs about 30 µs of a core with augmentation off."""
+    random, options = _draws(sample, turn, seed, options)
+    frames, stored = _take_frames(random, sample, turn, seed, options)
     ops: tuple[FrameOp, ...] = ()
     erase = None
-    if turn.epoch != EVAL_EPOCH and options.fixed_views:
-        options = _with_one_view(options)
-    if turn.epoch == EVAL_EPOCH or options.fixed_views:
-        crop, clip = divmod(turn.view, options.test_clips)
-        frames = eval_frames(sample.source_frames, options, clip)
+    if random is None:
+        crop = turn.view // options.test_clips
         box, flip = eval_box(sample.width, sample.height, options, crop), False
     else:
-        random = _stream(seed, "clip", turn.epoch, sample.sample_id)
-        frames = train_frames(random, sample.source_frames, options)
         box = _random_box(random, sample.width, sample.height, options)
         flip = bool(random.random() < options.flip)
         colour = (*_colour_ops(seed, turn, options), *_lighting_ops(seed, turn, options))
         ops = (*colour, *_rand_augment_ops(seed, turn, options))
         erase = _erased_region(seed, turn, options)
-    stored = _nearest(sample.frames.source_frame, frames)
-    return ClipPlan(sample.sample_id, turn.epoch, tuple(frames.tolist()), tuple(stored.tolist()), box, flip, ops, erase)
+    return ClipPlan(sample.sample_id, turn.epoch, frames, stored, box, flip, ops, erase)
+
+
+def plan_features(sample: Sample, turn: Turn, seed: int, options: ClipOptions) -> ClipPlan:
+    """The plan of one clip of a set of frame features: the frames that `plan_clip` takes of the videos themselves. Crop
+    and flip are those that the features were made with; options that ask for more than one crop or for other pixels
+    are refused before (`features.check_options`)."""
+    random, options = _draws(sample, turn, seed, options)
+    frames, stored = _take_frames(random, sample, turn, seed, options)
+    return ClipPlan(sample.sample_id, turn.epoch, frames, stored, (0, 0, sample.width, sample.height), False)
+
+
+def _draws(
+    sample: Sample, turn: Turn, seed: int, options: ClipOptions
+) -> tuple[np.random.Generator | None, ClipOptions]:
+    """What a clip is drawn with, None for one of the fixed views, and the options to cut it by."""
+    if turn.epoch == EVAL_EPOCH:
+        return None, options
+    if options.fixed_views:
+        return None, _with_one_view(options)
+    return _stream(seed, "clip", turn.epoch, sample.sample_id), options
+
+
+def _take_frames(
+    random: np.random.Generator | None, sample: Sample, turn: Turn, seed: int, options: ClipOptions
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The source frames of a clip, and the stored ones that stand for them."""
+    if random is None:
+        frames = eval_frames(sample.source_frames, options, turn.view % options.test_clips)
+    else:
+        interval = _draw_interval(seed, turn, options)
+        frames = train_frames(random, sample.source_frames, options, interval)
+    return tuple(frames.tolist()), tuple(_nearest(sample.frames.source_frame, frames).tolist())
+
+
+def _draw_interval(seed: int, turn: Turn, options: ClipOptions) -> int:
+    if not options.intervals:
+        return options.interval
+    random = _stream(seed, "interval", turn.epoch, turn.sample_id)
+    return options.intervals[int(random.integers(len(options.intervals)))]
 
 
 @lru_cache(maxsize=8)
@@ -407,25 +457,28 @@ def draw_masks(
     return masks
 
 
-def train_frames(random: np.random.Generator, num: int, options: ClipOptions) -> NDArray[np.int64]:
+def train_frames(
+    random: np.random.Generator, num: int, options: ClipOptions, interval: int | None = None
+) -> NDArray[np.int64]:
     """T source frame numbers of a training clip of a video with `num` frames.
 
-    dense: the start is uniform over 0..num-span (inclusive), span = T·interval; shorter videos start at 0 and wrap
-    around. uniform: a random frame of each segment, both its ends included.
+    dense: the start is uniform over all at which the video holds the clip, frames `interval` apart (None: as the
+    options say); in a video that is too short it is 0. uniform: a random frame of each segment, both its ends included.
     """
     if options.sampling == "uniform":
         bounds = _segment_bounds(num, options.num_frames)
         return random.integers(bounds[:-1], bounds[1:] + 1)
-    span = options.num_frames * options.interval
-    start = int(random.integers(0, num - span + 1)) if num >= span else 0
-    return (start + options.interval * np.arange(options.num_frames)) % num
+    interval = interval or options.interval
+    free = num - _span(interval, options)
+    start = int(random.integers(0, free + 1)) if free >= 0 else 0
+    return _dense_frames(start, num, interval, options)
 
 
 def eval_frames(num: int, options: ClipOptions, clip: int = 0) -> NDArray[np.int64]:
     """T source frame numbers of one of the `test_clips` evaluation clips of a video with `num` frames.
 
-    dense: the clips start in the middles of equal parts of all possible starts; a video shorter than the span gives the
-    same clip each time, from 0, wrapping around (the official code's `SampleFrames`, MMAction 0.x, in test mode).
+    dense: the clips start in the middles of equal parts of all possible starts; a video that is too short gives the
+    same clip each time, from 0 (the official code's `SampleFrames`, MMAction 0.x, in test mode).
     uniform: the middle of each segment, the official `UniformSample`; for several clips, which that does not have, as
     many places spread over each segment (`UniformSample` of MMAction2 1.x in test mode).
     """
@@ -435,10 +488,21 @@ def eval_frames(num: int, options: ClipOptions, clip: int = 0) -> NDArray[np.int
         if clips == 1:
             return (bounds[:-1] + bounds[1:]) // 2
         return bounds[:-1] + int((num - 1) / options.num_frames / (clips + 1) * (clip + 1))
-    span = options.num_frames * options.interval
-    part = (num - span + 1) / clips
-    start = int(clip * part + part / 2) if num >= span else 0
-    return (start + options.interval * np.arange(options.num_frames)) % num
+    free = num - _span(options.interval, options)
+    part = (free + 1) / clips
+    start = int(clip * part + part / 2) if free >= 0 else 0
+    return _dense_frames(start, num, options.interval, options)
+
+
+def _span(interval: int, options: ClipOptions) -> int:
+    """Source frames that a video must have for a dense clip not to leave it."""
+    return options.num_frames * interval if options.short == "wrap" else (options.num_frames - 1) * interval + 1
+
+
+def _dense_frames(start: int, num: int, interval: int, options: ClipOptions) -> NDArray[np.int64]:
+    """T frames from a start on, as `options.short` says where the video ends before them."""
+    frames = start + interval * np.arange(options.num_frames)
+    return frames % num if options.short == "wrap" else np.minimum(frames, num - 1)
 
 
 def _segment_bounds(num: int, num_segments: int) -> NDArray[np.int64]:

@@ -26,7 +26,7 @@ from socket import socketpair
 import numpy as np
 
 from pipelines.read import ClipRequest
-from pipelines.worker import CELL_BYTES, Channel, Shape, Task, cells_start
+from pipelines.worker import CELL_BYTES, PIXEL_CHANNELS, Channel, Shape, Task, cells_start
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ Settled = tuple[int, int, str | None]
 """Slot, row, and why it failed or None."""
 
 IMAGES_A_TASK = 64  # some 15 ms of work: what a task costs beside it (0.1 ms) is lost in that, and loads balance
+FEATURES_A_TASK = 512  # rows; some 0.6 ms
 HANG_SECONDS = 3.0  # in which a worker could have gone on and did not; a step takes milliseconds
 START_SECONDS = 30.0  # the same, before it is ready: it imports DALI and FFmpeg
 DISK_SECONDS = 60.0  # waiting for the disk, which a fresh worker would do too
@@ -57,7 +58,7 @@ class WorkerPool:
         os.ftruncate(self._descriptor, cells_start(shape) + num_workers * CELL_BYTES)
         self._memory = mmap.mmap(self._descriptor, 0)
         self.clips = np.frombuffer(self._memory, np.uint8, count=int(np.prod(shape))).reshape(shape)
-        """uint8 [slots, clips, frames, height, width, channels]."""
+        """uint8 [slots, clips, frames, height, width, channels], see `worker.Shape`."""
         self._selector = selectors.DefaultSelector()
         self._workers: list[_Worker] = []
         try:
@@ -75,7 +76,8 @@ class WorkerPool:
     def submit(self, slot: int, rows: Sequence[int], requests: Sequence[ClipRequest]) -> None:
         """Deals requests[i] for rows[i] of a slot to the workers, in groups, each to the one with the least to do."""
         share = -(-len(rows) // len(self._workers))
-        largest = max(1, min(share, IMAGES_A_TASK // self._shape[2]))
+        frames = IMAGES_A_TASK if self._shape[-1] == PIXEL_CHANNELS else FEATURES_A_TASK
+        largest = max(1, min(share, frames // self._shape[2]))
         start = 0
         for i in range(1, len(rows) + 1):
             if i == len(rows) or rows[i] != rows[i - 1] + 1 or i - start == largest:

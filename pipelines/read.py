@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipelines.plan import ClipPlan
-from pipelines.shards import Sample, checksum
+from pipelines.shards import FEATURES, Sample, checksum
 
 MAX_OPEN_SHARDS = 128
 # Ranges no further apart than this are read at once. A read of 20 kB costs 1.8 µs, a byte of a gap 0.06 ns (both from
@@ -33,8 +33,8 @@ class ClipRequest:
     profile: str
     shard: Path
     packets: tuple[Packet, ...]
-    """jpeg the wanted frames; h264 and hevc for each wanted frame all from its keyframe to it, each once; copy the
-    whole video member."""
+    """jpeg and features the wanted frames; h264 and hevc for each wanted frame all from its keyframe to it, each once;
+    copy the whole video member."""
     wanted: tuple[int, ...]
     """The distinct frames to decode, ascending: positions among `packets`, or for copy among the video's frames."""
     order: tuple[int, ...]
@@ -57,7 +57,7 @@ def request_clip(sample: Sample, plan: ClipPlan, profile: str) -> ClipRequest:
         packets, wanted = ((sample.video_offset, sample.video_bytes, sample.checksum),), tuple(frames)
     else:
         table = sample.frames
-        if profile == "jpeg":
+        if profile in ("jpeg", FEATURES):
             rows, wanted = frames, tuple(range(len(frames)))
         else:
             rows, wanted = _rows_to_decode(frames, table.keyframe)

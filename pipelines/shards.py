@@ -3,7 +3,7 @@
 A set is a folder:
 
     manifest.json                     classes, settings, shards of each split, fingerprint
-    train-000000.tar                  per sample: KEY.mp4 (or the source's own suffix), KEY.cls, KEY.json
+    train-000000.tar                  per sample: KEY.mp4 (or the source's own suffix, or npy), KEY.cls, KEY.json
     train-000000.index.safetensors    where each sample, frame or packet lies, and what it is
     rejects.tsv                       every video that was not packed, with the reason
 
@@ -28,8 +28,8 @@ import resource
 import struct
 import tarfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,18 +41,23 @@ from safetensors.numpy import save as save_arrays
 
 FORMAT_VERSION = 2
 PROFILES = ("jpeg", "h264", "hevc", "copy")
+"""Of sets that hold videos."""
+FEATURES = "features"
+"""The profile of sets that hold what an image model made of frames, see `features.py`."""
+CHANNELS = ("rgb", "bgr")
 MAX_MAPPED_INDEXES = 4096  # a mapped index costs 10 kB of Python objects, one descriptor and its touched pages
-MAX_SIDE = 16384  # pixels; a larger frame in an index is damage or an attack, not a video
+MAX_SIDE = 16384  # pixels, or features of a frame; more in an index is damage or an attack, not a video
 _BLOCK = 512  # tar's unit: header size and padding
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.tar")  # of the shards that are written here
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.tar")  # of those that may be read
+SAFE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # of the samples that are written here
 _DTYPES = {"I64": "<i8", "I32": "<i4", "U64": "<u8", "U8": "u1", "F64": "<f8"}
 _SAMPLE_ARRAYS = {
     "video_offset": np.int64,  # first byte of the video member in the tar
     "video_bytes": np.int64,
     "checksum": np.uint64,  # of the whole video member
-    "width": np.int32,  # pixels of the stored video as a player shows it (after rotation)
-    "height": np.int32,
+    "width": np.int32,  # pixels of the stored video as a player shows it (after rotation); features of a frame
+    "height": np.int32,  # 1 where features are stored
     "source_frames": np.int32,  # frames that the source plays
     "fps": np.float64,  # mean frames per second of the source
     "row_checksum": np.uint64,  # of everything that the index says of the sample, see `_row_checksum`
@@ -109,14 +114,15 @@ class EncodedVideo:
 
     data: bytes
     suffix: str
-    """File name suffix in the tar, without the dot: `mp4`, or the source's own in the `copy` profile."""
+    """File name suffix in the tar, without the dot: `mp4`, the source's own in the `copy` profile, or `npy`."""
     frames: FrameTable
     width: int
     height: int
     source_frames: int
     fps: float
     extradata: bytes = b""
-    """What a decoder needs before the first packet (H.264 parameter sets); empty for the other profiles."""
+    """What a decoder needs before the first packet (H.264 parameter sets; of features, the header of the array); empty
+    for the other profiles."""
     facts: Mapping[str, Any] = field(default_factory=dict)
     """Further entries of the sample's `.json`."""
 
@@ -159,6 +165,47 @@ class ShardInfo:
     index_sha256: str
 
 
+@dataclass(frozen=True, slots=True)
+class FeatureSource:
+    """The manifest's entry `features`: what made the features of a set, and of what."""
+
+    model: str
+    """Name of the image model."""
+    weights_xxh3: str
+    """Checksum of its weights."""
+    width: int
+    """D, features of a frame; as the image model gives them (CLIP: after the projection), not normalised."""
+    channels: str
+    """Order in which the model saw the colours: `rgb`, or `bgr` for the published features of Efficient-Prompt."""
+    size: int
+    """Side of the square frames that the model saw, in pixels."""
+    crop: float
+    """Side of the centre crop that became such a frame, as a share of the short side."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Normalisation of RGB in 0..1 that the model applied."""
+    source: str
+    """Fingerprint of the set that the frames were taken from."""
+
+    @classmethod
+    def from_manifest(cls, entry: Any) -> FeatureSource:
+        """Raises ValueError where an entry is missing or is nothing of its kind."""
+        names = [f.name for f in fields(cls)]
+        if not isinstance(entry, dict) or sorted(entry) != sorted(names):
+            raise ValueError(f"its entry `features` must have {', '.join(names)}")
+        values: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in entry.items()}
+        source = cls(**values)
+        texts, sides = (source.model, source.weights_xxh3, source.source), (source.width, source.size)
+        good = all(isinstance(text, str) for text in texts) and source.channels in CHANNELS
+        good = good and isinstance(source.crop, float)
+        if not good or not all(type(side) is int and 0 < side <= MAX_SIDE for side in sides):
+            raise ValueError(
+                f"its entry `features` has {entry}; allowed are texts for model, weights_xxh3 and source, "
+                f"{' or '.join(CHANNELS)} for channels, a fraction for crop, 1 to {MAX_SIDE} for width and size"
+            )
+        return source
+
+
 class ShardWriter:
     """Writes one shard and its index under temporary names; `close` makes both appear, the index last.
 
@@ -187,7 +234,7 @@ class ShardWriter:
 
         KEY.cls holds one number, as WebDataset has it, so it is there only where `labels` is one.
         """
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,80}", key):
+        if not SAFE_KEY.fullmatch(key):
             raise ValueError(f"sample key {key!r}: 1 to 80 letters, digits, '_' or '-' are allowed")
         video_offset = self._file.tell() + _BLOCK
         self._add_member(f"{key}.{video.suffix}", video.data)
@@ -305,6 +352,13 @@ class ShardSet:
         self.verified: bool = manifest["verified"]
         """Whether every frame was decoded when the set was made; if not, only worker processes decode it."""
         self.fingerprint: str = manifest["fingerprint"]
+        self.features: FeatureSource | None = None
+        """What made the features of a set that holds such instead of videos."""
+        if self.profile == FEATURES:
+            try:
+                self.features = FeatureSource.from_manifest(manifest.get("features"))
+            except ValueError as error:
+                raise ValueError(f"{folder / 'manifest.json'}: {error}; extract the features again") from error
         self.kept: NDArray[np.int64] | None = None
         """The ids, ascending, that training takes (see `subset.py`); None: all."""
         self._ends = list(accumulate(shard.samples for shard in self.shards))
@@ -464,8 +518,8 @@ def index_path_of(shard: Path) -> Path:
 def write_manifest(folder: Path, contents: Mapping[str, Any]) -> str:
     """Writes `manifest.json` last and durably; returns the fingerprint that it adds.
 
-    The fingerprint is the SHA-256 of classes, profile and the digests of every shard and index: it changes when
-    anything that training sees changes.
+    The fingerprint is the SHA-256 of classes, profile, what made the features, and the digests of every shard and
+    index: it changes when anything that training sees changes.
     """
     fingerprint = _fingerprint(contents)
     document = {"format_version": FORMAT_VERSION, "fingerprint": fingerprint, **contents}
@@ -503,6 +557,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
+def write_rejects(folder: Path, columns: Sequence[str], entries: Iterable[Sequence[str]]) -> None:
+    """Writes `rejects.tsv`: what of the sources is not in the set, and why; one line an entry."""
+    lines = ["\t".join(" ".join(text.split()) for text in entry) for entry in (columns, *entries)]
+    write_durably(folder / "rejects.tsv", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Writes a file so that after a crash it is there whole or not at all: temporary name, fsync, rename, fsync."""
     part = path.with_name(f".{path.name}.part")
@@ -534,6 +594,7 @@ def _fingerprint(manifest: Mapping[str, Any]) -> str:
         for shard in entry["shards"]
     ]
     facts = [manifest[name] for name in ("classes", "multi_label", "verified", "profile")]
+    facts += [manifest[FEATURES]] if FEATURES in manifest else []
     text = json.dumps([*facts, shards], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

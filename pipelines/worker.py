@@ -3,7 +3,7 @@
 Started by the pool (`pool.py`) as `python -m pipelines.worker` with two inherited descriptors, so it shares nothing
 with the trainer but a socket of requests and a block of memory: if a decoder crashes or hangs on a stranger's bytes,
 only this process does. It opens no manifest and no index and imports neither torch nor DeepSpeed (start 0.6 s of CPU
-time, 130 MB). It dies with the trainer, however that ends.
+time, 130 MB), and for clips of frame features no decoder either. It dies with the trainer, however that ends.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ import mmap
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from multiprocessing.reduction import ForkingPickler
 from operator import attrgetter
 from socket import MSG_DONTWAIT, socket
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipelines.read import ClipRequest
 
+if TYPE_CHECKING:
+    from pipelines.decode import ClipDecoder
+    from pipelines.features import FeatureDecoder
+
 Shape = tuple[int, int, int, int, int, int]
-"""Slots, clips, frames, height, width, channels of the shared memory."""
+"""Slots, clips, frames, height, width, channels of the shared memory; of features 1, 1 and their bytes a frame."""
+PIXEL_CHANNELS = 3  # of uint8: what has another number of bytes, always an even one, is float16 features
 
 CELL_BYTES = 64  # behind the clips, one cell a worker: its count of steps; a cache line, so that none disturbs another
 _MAX_REASON = 500  # characters
@@ -108,8 +114,6 @@ class Channel:
 
 def serve(channel: Channel, memory_descriptor: int, cell: int, shape: Shape) -> None:
     """Answers tasks until the other end closes. Counts up its cell when it is ready, and then at every step."""
-    from pipelines.decode import ClipDecoder  # most of the start
-
     memory = mmap.mmap(memory_descriptor, 0)
     clips = np.frombuffer(memory, np.uint8, count=int(np.prod(shape))).reshape(shape)
     start = cells_start(shape) + cell * CELL_BYTES
@@ -118,7 +122,7 @@ def serve(channel: Channel, memory_descriptor: int, cell: int, shape: Shape) -> 
     def step() -> None:
         steps[0] += 1
 
-    decoder = ClipDecoder(shape[3], shape[2], on_progress=step)
+    decoder = _decoder(shape, step)
     step()
     while True:
         for packed in channel.receive(wait=True):
@@ -128,6 +132,17 @@ def serve(channel: Channel, memory_descriptor: int, cell: int, shape: Shape) -> 
             failures = [(i, reason[:_MAX_REASON]) for i, reason in decoder.decode_into(task.requests, rows)]
             step()
             channel.send(failures, wait=True)
+
+
+def _decoder(shape: Shape, on_progress: Callable[[], None]) -> ClipDecoder | FeatureDecoder:
+    """Imported here: of pixels, it is most of the start."""
+    if shape[-1] == PIXEL_CHANNELS:
+        from pipelines.decode import ClipDecoder
+
+        return ClipDecoder(shape[3], shape[2], on_progress=on_progress)
+    from pipelines.features import FeatureDecoder
+
+    return FeatureDecoder(shape[-1] // 2, on_progress=on_progress)
 
 
 def cells_start(shape: Shape) -> int:

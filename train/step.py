@@ -2,7 +2,8 @@
 
     ClipBatch ─ to_device ─▶ MicroBatch ─ augment ─▶ the same ─ loss ─▶ Engine.backward ─▶ Engine.update
 
-Frames travel to the device as bytes. Nothing here waits for the device, unless a cache is filled.
+Frames travel to the device as bytes, frame features as float16. Nothing here waits for the device, unless a cache is
+filled.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class MicroBatch:
     """B clips on the training device, with all that the model is given."""
 
     frames: Tensor
-    """uint8 RGB [B, T, S, S, 3]."""
+    """uint8 RGB [B, T, S, S, 3]; of a set of frame features float16 [B, T, D], which no plan changes."""
     targets: Tensor
     """int64 [B]; multi-hot or mixed: float32 [B, C]."""
     masks: dict[str, Tensor]
@@ -72,8 +73,9 @@ class Step:
             batch.targets = mix_clips(batch.frames, targets, mix)
 
     def loss(self, batch: MicroBatch) -> Tensor:
-        """The forward pass: a scalar."""
+        """The forward pass: a scalar. With the masks the model gets the targets: a method with many classes may compare
+        with some of them only."""
         clips = batch.frames if self._cache is None else self._cache.tokens(self._split, batch.frames, batch.plans)
-        logits = self._engine(clips, batch.masks)
+        logits = self._engine(clips, {**batch.masks, "targets": batch.targets})
         smoothing = self._config.train.label_smoothing
         return clip_loss(logits, batch.targets, multi_label=self._multi_label, label_smoothing=smoothing)

@@ -439,9 +439,15 @@ def test_what_decodes_is_said(tmp_path: Path) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     jpeg = open_set(tmp_path / "jpeg", [4])
     h264 = open_set(tmp_path / "h264", [4], profile="h264")
-    assert loader_module.describe_decoding(jpeg, cpu, 1) == "DALI and OpenCV on the CPU in 1 worker process a rank"
-    assert loader_module.describe_decoding(jpeg, cuda, 8) == "DALI on the GPU"
-    assert loader_module.describe_decoding(h264, cuda, 8) == "FFmpeg and OpenCV on the CPU in 8 worker processes a rank"
+    assert (
+        loader_module.describe_decoding(jpeg, cpu, 1)
+        == "decoding by DALI and OpenCV on the CPU in 1 worker process a rank"
+    )
+    assert loader_module.describe_decoding(jpeg, cuda, 8) == "decoding by DALI on the GPU"
+    assert (
+        loader_module.describe_decoding(h264, cuda, 8)
+        == "decoding by FFmpeg and OpenCV on the CPU in 8 worker processes a rank"
+    )
 
 
 @pytest.mark.gpu

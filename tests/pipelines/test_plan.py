@@ -24,6 +24,7 @@ from pipelines.plan import (
     draw_masks,
     eval_turns,
     plan_clip,
+    plan_features,
     plan_mix,
     train_turns,
 )
@@ -112,6 +113,47 @@ def test_dense_training_frames_cover_every_start() -> None:
     assert set(starts) == {0, 1, 2, 3}
     short = plans.train_frames(random, 100, DENSE)
     assert short.tolist() == [16 * k % 100 for k in range(8)]
+
+
+def test_a_training_clip_draws_its_interval_from_the_list() -> None:
+    """A stream of its own: the start is drawn as ever, and other clips of the epoch are as they were."""
+    options = replace(DENSE, interval=2, intervals=(1, 2, 3, 3, 3, 4))
+    drawn = []
+    for epoch in range(600):
+        frames = np.asarray(plan_clip(make_sample(), Turn(5, epoch), 7, options).frames)
+        (step,) = set(np.diff(frames).tolist())
+        drawn.append(step)
+        if step == 2:
+            assert plan_clip(make_sample(), Turn(5, epoch), 7, replace(options, intervals=())).frames == tuple(frames)
+    shares = {step: count / 600 for step, count in Counter(drawn).items()}
+    expected = {1: 1 / 6, 2: 1 / 6, 3: 1 / 2, 4: 1 / 6}
+    assert all(abs(shares[step] - share) < 0.06 for step, share in expected.items()) and len(shares) == 4
+    assert drawn[:20] == [np.diff(plan_clip(make_sample(), Turn(5, e), 7, options).frames)[0] for e in range(20)]
+    middle = plan_clip(make_sample(), Turn(5, plans.EVAL_EPOCH), 7, options)
+    assert set(np.diff(middle.frames)) == {2}
+
+
+def test_short_videos_wrap_around_or_hold_their_last_frame() -> None:
+    """`hold`: the clip reaches the video's very last frame, where `wrap` leaves interval - 1 frames behind it."""
+    hold = replace(DENSE, short="hold")
+    assert plans.eval_frames(100, DENSE).tolist() == [0, 16, 32, 48, 64, 80, 96, 12]
+    assert plans.eval_frames(100, hold).tolist() == [0, 16, 32, 48, 64, 80, 96, 99]
+    assert plans.eval_frames(1, hold).tolist() == [0] * 8
+    assert plans.eval_frames(113, hold).tolist() == [16 * k for k in range(8)]
+    random = np.random.default_rng(0)
+    starts = Counter(int(plans.train_frames(random, 115, hold)[0]) for _ in range(400))
+    assert set(starts) == {0, 1, 2}
+    assert plans.train_frames(random, 40, hold).tolist() == [0, 16, 32, 39, 39, 39, 39, 39]
+
+
+@pytest.mark.parametrize("options", [UNIFORM, DENSE, replace(DENSE, fixed_views=True), replace(DENSE, test_clips=3)])
+@pytest.mark.parametrize("turn", [Turn(5, 4), Turn(5, plans.EVAL_EPOCH)])
+def test_features_have_the_frames_of_their_videos_and_no_crop(options: ClipOptions, turn: Turn) -> None:
+    for num in (300, 40):
+        video, features = make_sample(num, every=4), make_sample(num, every=4, size=(512, 1))
+        clip, rows = plan_clip(video, turn, 7, options), plan_features(features, turn, 7, options)
+        assert (clip.frames, clip.stored) == (rows.frames, rows.stored)
+        assert (rows.box, rows.flip, rows.ops, rows.erase) == ((0, 0, 512, 1), False, (), None)
 
 
 def test_uniform_training_frames_stay_in_their_segments_with_both_ends() -> None:
@@ -407,6 +449,10 @@ def test_masks_are_planned_and_scaled() -> None:
     ("change", "text"),
     [
         ({"sampling": "random"}, "data.sampling = 'random'; allowed are dense, uniform"),
+        ({"short": "loop"}, "data.short = 'loop'; allowed are wrap, hold"),
+        ({"intervals": (4, 0)}, "data.intervals = [4, 0]; allowed is [] or numbers, 1 to 1024 each"),
+        ({"intervals": (4,), "sampling": "uniform"}, "data.intervals = [4]; allowed is [] unless data.sampling"),
+        ({"intervals": (4,), "fixed_views": True}, "and data.intervals = [4]; unset one"),
         ({"num_frames": 0}, "data.num_frames = 0; allowed is 1 to 1024"),
         ({"crop_scale": (0.5, 0.1)}, "data.crop_scale"),
         ({"flip": 1.5}, "data.flip = 1.5"),

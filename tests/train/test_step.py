@@ -40,6 +40,12 @@ class Recorder:
         return LOGITS[: len(clips)]
 
 
+def is_given(engine: Recorder, batch: MicroBatch) -> bool:
+    """Whether the model gets the batch's masks and its targets, which methods with many classes compare with."""
+    expected = {**batch.masks, "targets": batch.targets}
+    return engine.masks.keys() == expected.keys() and all(engine.masks[n] is given for n, given in expected.items())
+
+
 @pytest.fixture(scope="module")
 def model() -> VideoModel:
     section = ModelConfig(name="tiny-clip", pretrained="none", options=OPTIONS)
@@ -149,7 +155,7 @@ def test_the_loss_of_one_label_a_video(model: VideoModel, smoothing: float) -> N
     targets = (1 - smoothing) * F.one_hot(batch.targets, 3) + smoothing / 3
     expected = -(targets * LOGITS.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(step.loss(batch), expected)
-    assert engine.clips is batch.frames and engine.masks is batch.masks
+    assert engine.clips is batch.frames and is_given(engine, batch)
     batch.targets = F.one_hot(batch.targets, 3).float()  # as mixing leaves them
     torch.testing.assert_close(step.loss(batch), expected)
 
@@ -172,4 +178,4 @@ def test_a_cache_hands_on_tokens_in_place_of_frames(model: VideoModel) -> None:
     assert cache.hits == 0 and all(cache.known("train", plan) for plan in batch.plans)
     again = MicroBatch(torch.zeros_like(batch.frames), batch.targets, batch.masks, batch.plans)
     assert torch.equal(step.loss(again), first)
-    assert torch.equal(engine.clips, tokens) and engine.masks is batch.masks and cache.hits == 4
+    assert torch.equal(engine.clips, tokens) and is_given(engine, again) and cache.hits == 4
