@@ -29,7 +29,6 @@ from pipelines.loader import ClipBatch, ClipLoader
 from pipelines.plan import ClipPlan, Order, Turn, eval_turns, plan_mix
 from pipelines.remote import open_set
 from pipelines.shards import ShardSet
-from pipelines.subset import choose_fraction
 from train.config import Config
 from train.loss import soft_targets
 from train.resolve import load_config
@@ -44,8 +43,8 @@ def main() -> None:
     config = load_config(arguments.recipe, [*arguments.set, f"data.shards={json.dumps(arguments.shards)}"])
     split = arguments.split or (config.data.val_split if arguments.eval else config.data.train_split)
     shards = open_set(arguments.shards, split, cache=config.data.cache)
-    if not arguments.eval:
-        shards.kept = choose_fraction(shards, config.data.fraction, config.data.fraction_seed)
+    part = config.data.part
+    shards = part.of_testing(shards) if arguments.eval else part.of_training(shards)
     turns = first_turns(shards, arguments.clips, config, arguments.eval)
     count = len(turns)
     with ClipLoader(

@@ -42,7 +42,12 @@ _DEEPSPEED_KEYS = (
 )
 # Not what a run computes: how fast it reads, and evaluation, which has no effect on training.
 _EVAL_KEYS = ("eval_crop", "test_clips", "test_crops")
-_FREE_DATA_KEYS = ("shards", "val_split", "workers", "prefetch", "max_bad_fraction", "cache_dir", "cache_gb")
+# What an episode consists of is in the fingerprint of its part of the set.
+_FREE_DATA_KEYS = (
+    *("shards", "val_split", "workers", "prefetch", "max_bad_fraction", "cache_dir", "cache_gb", "episodes", "episode"),
+)
+_NEW_DATA_KEYS = {"shots": 0, "classes": [], "intervals": [], "short": "wrap"}
+"""Where they are as here, a run is the same as one of before there were such keys."""
 
 
 def identity(config: Config, *, fingerprint: str, backbone: str) -> dict[str, Any]:
@@ -53,8 +58,11 @@ def identity(config: Config, *, fingerprint: str, backbone: str) -> dict[str, An
     sections["data"] = {k: v for k, v in sections["data"].items() if k not in free}
     if config.data.sampling == "uniform":
         sections["data"].pop("interval")
-    if config.data.fraction == 1:
+    if config.data.fraction == 1 and not config.data.shots:
         sections["data"].pop("fraction_seed")
+    for name, absent in _NEW_DATA_KEYS.items():
+        if sections["data"][name] == absent:
+            sections["data"].pop(name)
     sections["model"].pop("pretrained")  # a path may have moved; the checksum of the weights decides
     sections["train"] = {name: document["train"][name] for name in ("seed", "label_smoothing")}
     sections["speed"] = {"fp8": document["speed"]["fp8"]}  # all else of it is rounding

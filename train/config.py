@@ -18,6 +18,7 @@ from model.methods import METHODS
 from model.speed import SpeedOptions
 from pipelines.cache import CacheSettings, default_cache_folder
 from pipelines.plan import ClipOptions
+from pipelines.subset import Part, read_episode
 
 PUBLISHED_BATCH = 64
 """Clips a step of the published runs, which the published learning rate is for."""
@@ -37,6 +38,14 @@ class DataConfig(ClipOptions):
     """Share of the training split that is learned from, the same of every class (see `pipelines.subset`)."""
     fraction_seed: int = 0
     """Which samples these are; with the same seed, a smaller share is part of a larger one."""
+    shots: int = 0
+    """Samples of each class that are learned from, chosen by fraction_seed too; 0: all."""
+    classes: tuple[str, ...] = ()
+    """Names of the only classes that are learned and evaluated, in the order of their new numbers; empty: all."""
+    episodes: str = ""
+    """JSON file of few-shot episodes (see `pipelines.subset`); empty: none."""
+    episode: int = 0
+    """Which of these is learned, from 0."""
     shuffle_shards: int = 0
     """0: an epoch is one permutation of all samples. W: the shards are permuted, taken W at a time, and the samples of
     those permuted, so that only W shards are read at once (slow disks, remote sets)."""
@@ -55,12 +64,28 @@ class DataConfig(ClipOptions):
         super().__post_init__()
         allow("data.fraction", self.fraction, 0 < self.fraction <= 1, "a share, 0 < fraction <= 1")
         allow("data.fraction_seed", self.fraction_seed, 0 <= self.fraction_seed < 2**63, "0 to 2^63 - 1")
+        allow("data.shots", self.shots, self.shots >= 0, "0 (all) or more")
+        allow("data.episode", self.episode, self.episode >= 0, "0 or more")
+        allow("data.classes", list(self.classes), len(self.classes) != 1, "[] (all), or two names or more")
+        choices = {"fraction": self.fraction != 1, "shots": self.shots > 0, "episodes": self.episodes != ""}
+        choices["classes"] = choices["episodes"] and len(self.classes) > 0
+        given = [f"data.{name}" for name, is_given in choices.items() if is_given]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} each say what is learned from; give one of them")
         allow("data.shuffle_shards", self.shuffle_shards, self.shuffle_shards >= 0, "0 (all) or more shards")
         allow("data.cache_gb", self.cache_gb, 0 < self.cache_gb < inf, "more than 0")
         allow("data.workers", self.workers, 0 <= self.workers <= 256, "0 (automatic) to 256")
         allow("data.prefetch", self.prefetch, 1 <= self.prefetch <= 4, "1 to 4 batches")
         allow("data.max_bad_fraction", self.max_bad_fraction, 0 <= self.max_bad_fraction <= 1, "a share, 0 to 1")
         allow("data.train_split", self.train_split, self.train_split != "", "the name of a split")
+
+    @property
+    def part(self) -> Part:
+        """Which samples are learned from and tested on. ValueError or OSError where `episodes` is no such file."""
+        if not self.episodes:
+            return Part(self.fraction, self.shots, self.fraction_seed, self.classes)
+        chosen = read_episode(Path(self.episodes), self.episode)
+        return Part(classes=chosen.classes, train_keys=chosen.train, test_keys=chosen.test)
 
     @property
     def cache(self) -> CacheSettings:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from model.aim import AIMOptions, SpaceOnlyOptions
 from model.methods import METHODS
+from model.methods.aim import AIMOptions, SpaceOnlyOptions
 from model.speed import SpeedOptions
 from pipelines.cache import CacheSettings, default_cache_folder
+from pipelines.subset import Part
 from train.config import (
     Config,
     DataConfig,
@@ -34,6 +35,19 @@ DOCUMENT = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 4, "torch_
     [
         (DataConfig, {"fraction": NAN}, "data.fraction = NaN; allowed is a share, 0 < fraction <= 1"),
         (DataConfig, {"fraction_seed": 2**63}, "data.fraction_seed = 9223372036854775808; allowed is 0 to 2^63 - 1"),
+        (DataConfig, {"shots": -1}, "data.shots = -1; allowed is 0 (all) or more"),
+        (DataConfig, {"episode": -1}, "data.episode = -1; allowed is 0 or more"),
+        (DataConfig, {"classes": ("run",)}, 'data.classes = ["run"]; allowed is [] (all), or two names or more'),
+        (
+            DataConfig,
+            {"shots": 5, "fraction": 0.5},
+            "data.fraction and data.shots each say what is learned from; give one of them",
+        ),
+        (
+            DataConfig,
+            {"episodes": "e.json", "classes": ("run", "jump")},
+            "data.episodes and data.classes each say what is learned from; give one of them",
+        ),
         (DataConfig, {"shuffle_shards": -1}, "data.shuffle_shards = -1; allowed is 0 (all) or more shards"),
         (DataConfig, {"cache_gb": 0.0}, "data.cache_gb = 0.0; allowed is more than 0"),
         (DataConfig, {"cache_gb": INF}, "data.cache_gb = Infinity; allowed is more than 0"),
@@ -137,6 +151,18 @@ def test_the_cache_is_where_and_as_large_as_is_said(tmp_path: Path, monkeypatch:
     assert DataConfig().cache == CacheSettings(default_cache_folder(), 100 * 10**9)
     assert DataConfig(cache_dir="~/kept", cache_gb=0.0015).cache == CacheSettings(tmp_path / "kept", 1_500_000)
     assert DataConfig(cache_dir="here").cache.folder == Path("here")
+
+
+def test_the_part_of_a_set_that_is_learned(tmp_path: Path) -> None:
+    assert DataConfig().part == Part()
+    assert DataConfig(shots=5, fraction_seed=3, classes=("run", "jump")).part == Part(1.0, 5, 3, ("run", "jump"))
+    path = tmp_path / "episodes.json"
+    entries = [{"classes": ["a", "b"], "train": ["x"]}, {"classes": ["c", "d"], "train": ["x", "y"], "test": ["z"]}]
+    path.write_text(json.dumps({"episodes": entries}))
+    part = DataConfig(episodes=str(path), episode=1).part
+    assert part == Part(classes=("c", "d"), train_keys=("x", "y"), test_keys=("z",))
+    with pytest.raises(ValueError, match=r"data\.episode = 2; allowed is 0 to 1"):
+        _ = DataConfig(episodes=str(path), episode=2).part
 
 
 def test_a_configuration_other_than_the_defaults_everywhere_comes_back_from_json() -> None:
