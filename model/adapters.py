@@ -71,7 +71,12 @@ class AIMOptions:
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"model.{name} = {getattr(self, name)!r}; allowed is {' or '.join(allowed)}")
-        adapted_layers(self.positions, _ANY_DEPTH)  # its form alone: the depth is not known yet
+        check_positions(self.positions)
+
+
+def check_positions(positions: str | tuple[int, ...]) -> None:
+    """ValueError where `AIMOptions.positions` has none of its forms; how deep the model is, is not known yet."""
+    adapted_layers(positions, _ANY_DEPTH)
 
 
 def adapted_layers(positions: str | tuple[int, ...], layers: int) -> frozenset[int]:

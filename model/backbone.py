@@ -13,13 +13,14 @@ from model.geometry import ImageTower
 
 EXAMPLES = ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "tiny-clip", "vit_base_patch16_224")
 NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "openai_clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
     "aim_clip": ((122.769 / 255, 116.74 / 255, 104.04 / 255), (68.493 / 255, 66.63 / 255, 70.321 / 255)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "timesformer": ((0.45, 0.45, 0.45), (0.225, 0.225, 0.225)),
 }
-"""Mean and standard deviation of RGB in 0..1. `aim_clip`: CLIP's, as rounded in the official AIM configs; `imagenet`:
-also what those use with ImageNet-21k's ViT, whose weights were made with `half`."""
+"""Mean and standard deviation of RGB in 0..1. `aim_clip`: `openai_clip`, as rounded in the official AIM configs;
+`imagenet`: also what those use with ImageNet-21k's ViT, whose weights were made with `half`."""
 
 
 def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", text_tower: bool = False) -> ImageTower:

@@ -402,9 +402,10 @@ def _read_training(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _settable(description: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of `load` and their values in a complete description."""
-    hidden = (*METHODS[description["method"]].shown_options, *_SHOWN_GEOMETRY[description["backbone"]])
+    method = METHODS[description["method"]]
+    shown = {*method.shown_options, *_SHOWN_GEOMETRY[description["backbone"]]} - set(method.hidden_geometry)
     every = {"num_frames": description["num_frames"], **description["options"], **description["geometry"]}
-    return {name: value for name, value in every.items() if name not in hidden}
+    return {name: value for name, value in every.items() if name not in shown}
 
 
 def _described_with(description: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -203,6 +203,8 @@ class _Operations(WithoutData):
         operation = func.overloadpacket
         if operation in _ATTENTION_BACKWARD:
             self.mac += _attention_backward_mac(*args)
+        elif operation is torch.ops.aten.convolution_backward:
+            self.mac += _convolution_backward_mac(*args)
         elif operation in flop_registry:
             self.mac += flop_registry[operation](*args, **kwargs, out_val=out) // 2  # PyTorch counts 2 a multiply-add
         elif operation is torch.ops.aten.native_layer_norm:
@@ -226,6 +228,12 @@ def _attention_backward_mac(gradient: Tensor, query: Tensor, key: Tensor, *other
     to_query, to_key, to_value, to_bias = masks[0] if masks else (True, True, True, False)
     products = (to_query or to_key or to_bias) + to_query + to_key + to_value
     return products * query.numel() * key.shape[-2]
+
+
+def _convolution_backward_mac(gradient: Tensor, x: Tensor, weight: Tensor, *others: Any) -> int:
+    """To the input and to the weight, where wanted; PyTorch's counter forgets that a depth-wise one has groups."""
+    to_input, to_weight, _ = others[-1]
+    return (to_input + to_weight) * gradient.numel() * weight[0].numel()
 
 
 class Keeper:
@@ -270,10 +278,12 @@ class _FusedAttention(TorchFunctionMode):
         return call(*args, **(kwargs or {}))
 
 
-def _fused_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *, is_causal: bool = False
+) -> Tensor:
     """By the kernel that a GPU takes: the one that is given a bias keeps that too."""
     if attn_mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal)[0]
     fused = torch.ops.aten._scaled_dot_product_efficient_attention
     return fused(query, key, value, attn_mask, compute_log_sumexp=True)[0]
 

@@ -98,4 +98,4 @@ class ImageTower:
     """CLIP's projection of class tokens into the space shared with texts, [width, embed_dim]."""
     text_state: dict[str, Tensor] | None = None
     """The text tower that belongs to it, under CLIP's names (`token_embedding.weight`, `positional_embedding`,
-    `transformer.resblocks.…`, `ln_final.…`, `text_projection`); None where it was not asked for."""
+    `transformer.resblocks.…`, `ln_final.…`, `text_projection`), and `logit_scale`; None where it was not asked for."""

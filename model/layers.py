@@ -7,6 +7,8 @@ autocast. Frozen linear layers may also multiply in 8 bits (`model.fp8`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -112,34 +114,81 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., D] → [..., D]."""
+        wide = x.float()
         if self.training and torch.is_grad_enabled():
-            mean, variance = self._statistics(x.float().flatten(0, -2))
+            count = _sum_of_processes(wide.new_full((1,), wide[..., 0].numel()))
+            mean = _sum_of_processes(wide.flatten(0, -2).sum(0)) / count
+            centred = wide - mean
+            variance = _sum_of_processes(centred.square().flatten(0, -2).sum(0)) / count
+            if not _recomputing:
+                self._remember(mean, variance, count)
         else:
-            mean, variance = self.running_mean, self.running_var
-        normed = (x.float() - mean) * torch.rsqrt(variance + self.eps)
-        if self.weight is not None and self.bias is not None:
-            normed = normed * self.weight + self.bias
-        return normed.to(x.dtype)
+            centred, variance = wide - self.running_mean, self.running_var
+        scale = torch.rsqrt(variance + self.eps)
+        if self.weight is None or self.bias is None:
+            return (centred * scale).to(x.dtype)
+        return (centred * (scale * self.weight) + self.bias).to(x.dtype)
 
-    def _statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance [D] of rows [M, D] of all processes; remembers them."""
-        count = _sum_of_processes(rows.new_full((1,), len(rows)))
-        mean = _sum_of_processes(rows.sum(0)) / count
-        variance = _sum_of_processes((rows - mean).square().sum(0)) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), self.momentum)
-        return mean, variance
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, variance: Tensor, count: Tensor) -> None:
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * count / (count - 1).clamp_min(1), self.momentum)
+
+
+_recomputing = False
+"""Whether a block is computed a second time, for the backward pass (`model.speed.call_block`)."""
+
+
+@contextmanager
+def recomputation() -> Iterator[None]:
+    """While a block is computed a second time: what has been remembered of it is not remembered again."""
+    global _recomputing
+    _recomputing = True
+    try:
+        yield
+    finally:
+        _recomputing = False
 
 
 def _sum_of_processes(values: Tensor) -> Tensor:
     """The sum over all processes, through which gradients flow."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return values
-    from torch.distributed.nn.functional import all_reduce
-
-    summed: Tensor = all_reduce(values)
+    summed: Tensor = torch.ops.image_to_video.sum_of_processes(values)
     return summed
+
+
+@torch.library.custom_op("image_to_video::sum_of_processes", mutates_args=())
+def _all_reduced(values: Tensor) -> Tensor:
+    """An operation of its own: torch.compile (2.11) takes PyTorch's apart and then does not sum the gradients."""
+    summed = values.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+@_all_reduced.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _all_reduced_backward(ctx: Any, gradient: Tensor) -> Tensor:
+    return _sum_of_processes(gradient)
+
+
+_all_reduced.register_autograd(_all_reduced_backward)
+
+
+def convolve_time(x_BTPD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Every feature by itself over the frames, with zeros beyond the clip's ends: [B, T, P, D] → [B, T, P, D]; weight
+    [D, 1, K] of an odd number of frames K, bias [D].
+
+    As PyTorch's convolution of channels-last images of T rows and P columns, so that nothing is permuted in memory.
+    """
+    features, _, kernel = weight.shape
+    weight = weight.unsqueeze(-1).to(x_BTPD.dtype)
+    bias = None if bias is None else bias.to(x_BTPD.dtype)
+    y_BDTP = F.conv2d(x_BTPD.permute(0, 3, 1, 2), weight, bias, padding=(kernel // 2, 0), groups=features)
+    return y_BDTP.permute(0, 2, 3, 1)
 
 
 class PatchEmbedding(nn.Conv2d):

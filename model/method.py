@@ -35,5 +35,10 @@ class Method:
     """In which its models are published."""
     shown_options: tuple[str, ...] = ()
     """Options that the tensors of a checkpoint show, so that nobody needs to set them when one is loaded."""
+    hidden_geometry: tuple[str, ...] = ()
+    """Of the geometry, what tensors show of other methods' models but not of this one's: it can be set when one is
+    loaded."""
     reads_texts: Callable[[Any], bool] = lambda _: False
     """Whether the model with these options needs the text tower that belongs to the image model."""
+    trains: bool = True
+    """Whether there is anything to train; if not, tools/evaluate.py takes a recipe for a checkpoint."""

@@ -33,6 +33,11 @@ TIMM_MARK = r"^cls_token$|^blocks\.\d+\."
 TIMM_NAMES = {part: ours for part, ours in CLIP_NAMES.items() if ours not in ("ln_pre", "ln_post")}
 PROJECTION = (r"proj", "CLIP's projection to the texts' space: the head reads the features before it")
 IMAGE_HEAD = (r"(head|head_dist|fc_norm|pre_logits)\..*", "a classifier of images: the video model has its own head")
+TEXT_TOWER = (
+    r"(transformer|token_embedding|ln_final)\..*|positional_embedding|text_projection|logit_scale",
+    "CLIP's text tower: the video model reads no texts",
+)
+"""Of a format whose own names begin with a `root`."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,16 @@ class Format:
     name of another order; the longest that fits counts."""
     prefix: str = f"{BACKBONE}."
     """Before all names but those outside, when it is written."""
+    root: str = ""
+    """Before all names of the video model in a file that holds more; a file of the model alone may do without it."""
     dropped: tuple[tuple[str, str], ...] = ()
     """Patterns of bare names that are no part of the model, and why."""
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Our part of a name → the format's parts, whose tensors along their first axis are ours (q, k and v)."""
     leading_ones: Mapping[str, int] = field(default_factory=dict)
     """Our name within the backbone → how many axes of length 1 the format's tensor begins with."""
+    scalars: tuple[str, ...] = ()
+    """Our names within the backbone of tensors [1] that the format has without an axis."""
     flat: tuple[str, ...] = ()
     """Our names within the backbone of kernels [D, C, p, p] that the format has as matrices [D, C · p · p]."""
 
@@ -127,6 +136,8 @@ def our_names(entry: Format, tensors: Mapping[str, Tensor]) -> tuple[dict[str, T
     ours: dict[str, Tensor] = {}
     parts: dict[str, dict[str, Tensor]] = {}
     dropped = []
+    if not any(name.startswith(entry.root) for name in tensors):
+        tensors = {entry.root + name: tensor for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         reason = next((reason for pattern, reason in entry.dropped if re.fullmatch(pattern, name)), None)
         if reason is not None:
@@ -169,8 +180,10 @@ def official_tensors(entry: Format, tensors: Mapping[str, Tensor]) -> dict[str, 
     for name, tensor in tensors.items():
         inner = name.removeprefix(f"{BACKBONE}.")
         shaped = tensor.flatten(1) if inner in entry.flat else tensor[(None,) * entry.leading_ones.get(inner, 0)]
+        shaped = shaped.squeeze(0) if inner in entry.scalars else shaped
         names = official_names(entry, name)
-        official |= dict(zip(names, [part.contiguous() for part in shaped.chunk(len(names))], strict=True))
+        parts = shaped.chunk(len(names)) if shaped.ndim else (shaped,)
+        official |= dict(zip(names, [part.contiguous() for part in parts], strict=True))
     return official
 
 
@@ -310,6 +323,8 @@ def _renamed(name: str, blocks: str, other_blocks: str, parts: Mapping[str, str]
 
 def _whole(entry: Format, name: str) -> str:
     """A name of a part of a fused tensor → a name of the whole; any other name as it is."""
+    if any(name == theirs or name.startswith(f"{theirs}.") for theirs in entry.outside):
+        return name
     for whole, theirs_of in entry.fused.items():
         for theirs in theirs_of:
             if name == theirs or name.endswith(f".{theirs}"):
@@ -334,6 +349,10 @@ def _joined(entry: Format, whole: str, found: Mapping[str, Tensor]) -> Tensor:
 
 def _in_our_shape(entry: Format, name: str, tensor: Tensor, renamed: str) -> Tensor:
     inner = renamed.removeprefix(f"{BACKBONE}.")
+    if inner in entry.scalars:
+        if tensor.numel() != 1:
+            raise ValueError(f"{name} has the shape {list(tensor.shape)}; it is one number")
+        return tensor.reshape(1)
     if inner in entry.flat:
         side = isqrt(tensor.shape[1] // 3) if tensor.ndim == 2 else 0
         if tensor.ndim != 2 or prod((3, side, side)) != tensor.shape[1] or not side:

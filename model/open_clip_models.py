@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import re
 import zipfile
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,18 @@ TINY_CLIP_FOLDER = Path(__file__).parent / "tiny_clip"
 OPENAI_TAG = "openai"
 _TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers"}
 """All that distinguishes the text towers of CLIP's kind in open_clip's configurations."""
-_TEXT_NAMES = ("token_embedding.", "positional_embedding", "transformer.resblocks.", "ln_final.", "text_projection")
+_TEXT_NAMES = (
+    "token_embedding.",
+    "positional_embedding",
+    "transformer.resblocks.",
+    "ln_final.",
+    "text_projection",
+    "logit_scale",
+)
+START, END = 49406, 49407
+"""Tokens that begin and end a text, the last of CLIP's vocabulary,"""
+VOCABULARY = 49408
+"""which has so many."""
 EXAMPLES = "ViT-B-32, ViT-B-16, ViT-L-14, ViT-H-14 and their -quickgelu variants"
 
 
@@ -103,6 +115,20 @@ def load_clip(name: str, pretrained: str) -> nn.Module:
             f"cannot load weights {pretrained!r} of {name}: {reason}. A tag needs a network the first time; without "
             f"one give a local .safetensors file, or the shipped model name={TINY_CLIP!r} pretrained={TINY_CLIP_TAG!r}"
         ) from error
+
+
+def word_tokens(text: str) -> list[int]:
+    """CLIP's tokens of a text, without those that begin and end it; needs no network."""
+    tokens: list[int] = _tokeniser().encode(text)
+    return tokens
+
+
+@cache
+def _tokeniser() -> Any:
+    """CLIP's own, whose vocabulary ships with open_clip."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
 
 
 def published_sha256(name: str) -> str | None:

@@ -17,6 +17,7 @@ hooks say, stays outside.
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import BACKENDS, attention_backend
 from model.fp8 import fp8_obstacle, use_fp8
+from model.layers import recomputation
 from model.video import VideoModel
 
 SWITCHES = ("auto", "on", "off")
@@ -152,8 +154,13 @@ def call_block(block: nn.Module, *inputs: Any) -> Any:
         if graphed is not None:
             return graphed(*inputs)
         if getattr(block, "checkpointed", False):
-            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_contexts)
     return block(*inputs)
+
+
+def _contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """In which a block is computed, and in which it is computed again."""
+    return nullcontext(), recomputation()
 
 
 class _Graphed:

@@ -10,7 +10,7 @@ Legend of shapes: B clips, T frames, H, W pixels, D features, C classes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -43,6 +43,8 @@ class VideoModel(nn.Module):
     """Whether its logits are for whatever classes it is told of (`name_classes`)."""
     stem_axes: ClassVar[int] = 4
     """Axes of what `stem` returns, by which `forward` tells it from clips."""
+    any_frames: ClassVar[bool] = False
+    """Whether clips may have another number of frames than `num_frames`, for nothing in the model depends on it."""
     time_axes: ClassVar[Mapping[str, int]] = {"temporal_embedding": 1}
     """Part of a parameter's name → the axis along which it has a row a frame, so that it can be interpolated."""
     backbone: nn.Module
@@ -72,8 +74,8 @@ class VideoModel(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.trains(name))
 
-    def make_head(self, num_classes: int) -> nn.Module:
-        """What makes logits [B, C] of features [B, D]; a subclass may have another one."""
+    def make_head(self, num_classes: int) -> nn.Module | None:
+        """What makes logits [B, C] of features [B, D]; a subclass may have another one, or none but a `classify`."""
         return Head(self.features, num_classes)
 
     def name_classes(self, names: Sequence[str]) -> None:
@@ -83,6 +85,11 @@ class VideoModel(nn.Module):
         """What training changes besides parameters, such as running statistics: buffers that a checkpoint keeps."""
         parameters = dict(self.named_parameters())
         return {name: tensor for name, tensor in self.state_dict().items() if name not in parameters}
+
+    def merged(self) -> VideoModel:
+        """A model with the same logits, in float32 on the CPU, whose trained parts are merged into the frozen weights
+        where that can be done exactly; the model itself where nothing can."""
+        return self
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -128,7 +135,7 @@ class VideoModel(nn.Module):
 
     def prepare(self, frames: Tensor) -> Tensor:
         """uint8 RGB frames [B, T, H, W, 3] as they come from the loader → normalised [B, T, 3, H, W]."""
-        size, expected = self.geometry.image_size, self.num_frames
+        size, expected = self.geometry.image_size, self._frames_of(frames)
         if frames.shape[1] != expected or tuple(frames.shape[2:]) != (size, size, 3):
             raise ValueError(
                 f"clips of shape {list(frames.shape)} do not fit the model, which takes [B, {expected}, {size}, "
@@ -154,6 +161,12 @@ class VideoModel(nn.Module):
         """Whether `stem` computes something that no training changes."""
         return not getattr(self.backbone, "stem_trains", True)
 
+    @property
+    def feature_source(self) -> dict[str, Any] | None:
+        """What made the frame features [B, T, D] that `forward` takes instead of clips (`model.image_text`), to be
+        asked before weights change their precision; None: it takes none."""
+        return None
+
     @torch.no_grad()
     def stem(self, frames: Tensor) -> Tensor:
         """uint8 frames [B, T, H, W, 3] → tokens [B, T, N, D] before the first weight that trains, which `forward` takes
@@ -170,9 +183,7 @@ class VideoModel(nn.Module):
         if clips.ndim != self.stem_axes or not self.has_frozen_stem:
             self._require_shape(clips)
         masks = masks or {}
-        on_meta = clips.device.type == "meta"  # where shapes are computed and autocast does not exist
-        # Layers choose their own precision.
-        with nullcontext() if on_meta else torch.autocast(clips.device.type, enabled=False):
+        with own_precision(clips.device):
             output = self.backbone(clips, masks).float()
             if self.cls_head is None:
                 return output
@@ -181,11 +192,15 @@ class VideoModel(nn.Module):
                 features = features * masks["head_dropout"]
             return self.cls_head(features)
 
+    def _frames_of(self, clips: Tensor) -> int:
+        """T that clips [B, T, …] must have."""
+        return clips.shape[1] if self.any_frames and clips.ndim == 5 else self.num_frames
+
     def _require_shape(self, clips: Tensor) -> None:
-        size = self.geometry.image_size
-        if tuple(clips.shape[1:]) != (self.num_frames, 3, size, size):
+        size, expected = self.geometry.image_size, self._frames_of(clips)
+        if tuple(clips.shape[1:]) != (expected, 3, size, size):
             raise ValueError(
-                f"clips of shape {list(clips.shape)} do not fit the model, which takes [B, {self.num_frames}, 3, "
+                f"clips of shape {list(clips.shape)} do not fit the model, which takes [B, {expected}, 3, "
                 f"{size}, {size}]"
             )
 
@@ -202,6 +217,12 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc_cls(x)
+
+
+def own_precision(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which layers choose their own precision, whatever autocast would choose."""
+    on_meta = device.type == "meta"  # where shapes are computed and autocast does not exist
+    return nullcontext() if on_meta else torch.autocast(device.type, enabled=False)
 
 
 def drop_path_rates(rate: float, layers: int) -> Tensor:

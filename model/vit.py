@@ -9,6 +9,7 @@ Legend of shapes: B clips, T frames, N tokens a frame (class token first), D wid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,9 @@ BlockFactory = Callable[[int], nn.Module]
 
 class ViT(nn.Module):
     """Normalised clips [B, T, 3, H, W] → class tokens [B, D, T, 1, 1], as the official backbone returns them."""
+
+    block_masks: ClassVar[str] = "drop_path"
+    """The random masks [B, layers, …] that its blocks take."""
 
     def __init__(
         self,
@@ -50,11 +54,15 @@ class ViT(nn.Module):
         self.ln_post = LayerNorm(width, geometry.eps)
 
     def forward(self, clips: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
-        """`masks["drop_path"]`: scaled keep masks [B, layers, …], absent for no drop. Instead of clips it takes what
+        """`masks[block_masks]`: scaled keep masks [B, layers, …], absent for no drop. Instead of clips it takes what
         `stem` made of them."""
         x_BTND = self.add_time(clips if clips.ndim == 4 else self.stem(clips))
-        x_BTND = self.transformer(x_BTND, masks.get("drop_path"), range(self._stem_blocks, len(self.blocks)))
-        return self.ln_post(x_BTND[:, :, 0]).transpose(1, 2)[..., None, None]
+        x_BTND = self.transformer(x_BTND, masks.get(self.block_masks), range(self._stem_blocks, len(self.blocks)))
+        return self.tail(x_BTND[:, :, 0])
+
+    def tail(self, class_tokens_BTD: Tensor) -> Tensor:
+        """What it returns, of the last block's class tokens; a subclass may pool them in another way."""
+        return self.ln_post(class_tokens_BTD).transpose(1, 2)[..., None, None]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -103,11 +111,11 @@ class Transformer(nn.Module):
         super().__init__()
         self.resblocks = nn.ModuleList(make_block(layer) for layer in range(layers))
 
-    def forward(self, x_BTND: Tensor, drop_path: Tensor | None, layers: range) -> Tensor:
+    def forward(self, x_BTND: Tensor, masks: Tensor | None, layers: range) -> Tensor:
         """Through the blocks of these numbers."""
         for layer in layers:
-            masks = None if drop_path is None else drop_path[:, layer].to(x_BTND.dtype)
-            x_BTND = call_block(self.resblocks[layer], x_BTND, masks)
+            block_masks = None if masks is None else masks[:, layer].to(x_BTND.dtype)
+            x_BTND = call_block(self.resblocks[layer], x_BTND, block_masks)
         return x_BTND
 
 
@@ -138,11 +146,21 @@ class Attention(nn.Module):
         B, T, N, D = x_BTND.shape
         return self._attend(x_BTND, (B, T, N * self.heads, D // self.heads))
 
+    def biases(self) -> Sequence[Tensor | None]:
+        """Of q, k and v [D] each; None where there is none."""
+        return self.in_proj_bias.chunk(3)
+
     def queries_keys(self, x_BTND: Tensor) -> tuple[Tensor, Tensor]:
         """q and k over space [B·T, N, H, K]: what attention maps are made of."""
         B, T, N, D = x_BTND.shape
         q, k, _ = self._project(x_BTND, (B * T, N, self.heads, D // self.heads))
         return q, k
+
+    def over_space_with_parts(self, x_BTND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `over_space` returns, and the q and k [B·T, N, H, K] that it was made of."""
+        B, T, N, D = x_BTND.shape
+        q, k, v = self._project(x_BTND, (B * T, N, self.heads, D // self.heads))
+        return self._mixed(q, k, v, x_BTND), q, k
 
     def use_fp8(self) -> int:
         """Called by `model.fp8.use_fp8`: how many weights multiply in 8 bits from now on, 0 or 3."""
@@ -153,14 +171,16 @@ class Attention(nn.Module):
 
     def _attend(self, x_BTND: Tensor, view: tuple[int, int, int, int]) -> Tensor:
         q, k, v = self._project(x_BTND, view)
+        return self._mixed(q, k, v, x_BTND)
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, x_BTND: Tensor) -> Tensor:
         return self.out_proj(attention(q, k, v, backend=self.attention_backend).reshape(x_BTND.shape))
 
     def _project(self, x_BTND: Tensor, view: tuple[int, int, int, int]) -> list[Tensor]:
         weights: Sequence[Tensor | FP8Weight] = self.in_proj_weight.to(x_BTND.dtype).chunk(3)
         if self.in_proj_fp8 is not None:
             weights = self.in_proj_fp8
-        biases = self.in_proj_bias.chunk(3)
-        return [linear(x_BTND, w, b).view(view) for w, b in zip(weights, biases, strict=True)]
+        return [linear(x_BTND, w, b).view(view) for w, b in zip(weights, self.biases(), strict=True)]
 
 
 class MLP(nn.Module):
@@ -179,6 +199,28 @@ class MLP(nn.Module):
         # x · sigmoid(1.702 x) is silu(1.702 x) / 1.702, and products take a factor at no cost: one pass over the hidden
         # features instead of three, of which nothing but silu's input is kept.
         return self.c_proj(F.silu(self.c_fc(x, output_factor=1.702)), input_factor=1 / 1.702)
+
+
+def add_to_patches(x_BTND: Tensor, y_BTPD: Tensor) -> Tensor:
+    """x + y, where y [B, T, N - 1, D] is of the patches alone and class tokens stay as they are."""
+    return x_BTND + F.pad(y_BTPD, (0, 0, 1, 0))
+
+
+class Block(nn.Module):
+    """A block of the image model as it is, frame by frame."""
+
+    def __init__(self, geometry: ViTGeometry, attention: type[Attention] = Attention) -> None:
+        super().__init__()
+        width = geometry.width
+        self.ln_1 = LayerNorm(width, geometry.eps)
+        self.attn = attention(width, geometry.heads)
+        self.ln_2 = LayerNorm(width, geometry.eps)
+        self.mlp = MLP(width, geometry.quick_gelu, geometry.mlp_width)
+
+    def forward(self, x_BTND: Tensor, masks: Tensor | None = None) -> Tensor:
+        """`masks`: unused; what is added to a block may have some."""
+        x = x_BTND + self.attn.over_space(self.ln_1(x_BTND))
+        return x + self.mlp(self.ln_2(x))
 
 
 def initialise(module: nn.Module) -> None:

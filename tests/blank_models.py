@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from model.backbone import load_image_tower
 from model.flops import WithoutData
-from model.methods import METHODS, create
+from model.methods import METHODS, create, load_tower
 from model.video import VideoModel
 
 CLIP_B = "ViT-B-16-quickgelu"
@@ -17,6 +16,7 @@ SWIN_B = "swin_base_patch4_window7_224"
 
 def blank_model(method: str, name: str, num_classes: int | None, num_frames: int, **options: Any) -> VideoModel:
     """A method on an image model; `options` differ from its defaults."""
-    tower, chosen = load_image_tower(name, "none"), METHODS[method].options(**options)
+    chosen = METHODS[method].options(**options)
+    tower = load_tower(method, name, "none", options=chosen)
     with WithoutData():
         return create(method, tower, num_classes=num_classes, num_frames=num_frames, options=chosen)

@@ -20,7 +20,8 @@ def filled(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
     for name, shape in shapes.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) & 0x7FFFFFFF)
         values = torch.randn(shape, generator=generator)
-        state[name] = 1 + 0.1 * values if len(shape) == 1 and name.endswith("weight") else 0.05 * values
+        near_one = len(shape) == 1 and name.endswith(("weight", "running_var"))
+        state[name] = 1 + 0.1 * values if near_one else 0.05 * values
     return state
 
 
@@ -186,3 +187,263 @@ def _norm(name: str, d: int) -> Shapes:
 
 def _head(d: int, classes: int | None) -> Shapes:
     return {} if classes is None else _linear("cls_head.fc_cls", classes, d)
+
+
+def dualpath(
+    width: int = 128,
+    layers: int = 2,
+    classes: int | None = 5,
+    embed_dim: int = 64,
+    hidden: int = 32,
+    grid: int = 2,
+    patch: int = 16,
+    paper: bool = False,
+) -> Shapes:
+    """DualPath's `CLIP_custom/clip/model.py` without the text tower; `paper`: as the same file would hold that form."""
+    d, e, v = width, embed_dim, "visual."
+    trunk = aim_clip(width, layers, None, None, (), grid=grid, patch=patch)
+    shapes: Shapes = {v + name.removeprefix("backbone."): shape for name, shape in trunk.items()}
+    if not paper:
+        shapes[f"{v}spatial_positional_embedding"] = (grid * grid + 1, d)
+    for i in range(layers):
+        for adapter in ("t_adapter_attn_b", "s_adapter_attn", "t_adapter_attn", "s_adapter_mlp", "t_adapter_mlp"):
+            if not (paper and adapter == "t_adapter_attn_b"):
+                name = f"{v}transformer.resblocks.{i}.{adapter}."
+                shapes |= _linear(f"{name}down_proj", hidden, d) | _linear(f"{name}up_proj", d, hidden)
+    shapes |= {f"{v}proj": (d, e)} | _linear(f"{v}head.linear1", e, 2 * e)
+    return shapes if classes is None else shapes | _linear(f"{v}head.linear2", classes, e)
+
+
+def st_adapter(
+    width: int = 128,
+    layers: int = 2,
+    classes: int | None = 5,
+    adapters: tuple[str, ...] = ("adapter_pre_mlp",),
+    hidden: int = 32,
+    kernel: int = 3,
+    blocks: tuple[int, ...] | None = None,
+    grid: int = 2,
+) -> Shapes:
+    """ST-Adapter's `models_adapter.py`."""
+    trunk = aim_clip(width, layers, None, None, (), grid=grid)
+    shapes: Shapes = {name.removeprefix("backbone."): shape for name, shape in trunk.items()}
+    for i in range(layers):
+        for adapter in adapters if blocks is None or i in blocks else ():
+            name = f"transformer.resblocks.{i}.{adapter}."
+            shapes |= _linear(f"{name}fc1", hidden, width) | _linear(f"{name}fc2", width, hidden)
+            shapes |= {f"{name}conv.weight": (hidden, 1, kernel, 1, 1), f"{name}conv.bias": (hidden,)}
+    return shapes if classes is None else shapes | _linear("fc", classes, width)
+
+
+def zero_i2v(
+    width: int = 128,
+    layers: int = 2,
+    frames: int = 4,
+    classes: int | None = 5,
+    adapters: tuple[str, ...] = ("T_Adapter_in", "S_Adapter", "MLP_Adapter", "MLP_Adapter_out"),
+    hidden: int = 32,
+    grid: int = 2,
+) -> Shapes:
+    """ZeroI2V's `vit_zero_clip.py` in mmaction."""
+    return aim_clip(width, layers, frames, classes, adapters, hidden, grid=grid)
+
+
+def vpt(
+    width: int = 128, layers: int = 2, classes: int | None = 5, prompts: int = 3, deep: bool = True, projected: int = 0
+) -> Shapes:
+    """VPT's `vit_prompt/vit.py`: a ViT whose queries, keys and values are layers of their own."""
+    d, t, e = width, "transformer.", "transformer.embeddings."
+    shapes: Shapes = {
+        f"{t}prompt_embeddings": (1, prompts, projected or d),
+        f"{e}position_embeddings": (1, 5, d),
+        f"{e}cls_token": (1, 1, d),
+        f"{e}patch_embeddings.weight": (d, 3, 16, 16),
+        f"{e}patch_embeddings.bias": (d,),
+        **_norm(f"{t}encoder.encoder_norm", d),
+    }
+    if deep:
+        shapes[f"{t}deep_prompt_embeddings"] = (layers - 1, prompts, projected or d)
+    if projected:
+        shapes |= _linear(f"{t}prompt_proj", d, projected)
+    for i in range(layers):
+        block = f"{t}encoder.layer.{i}."
+        shapes |= _norm(f"{block}attention_norm", d) | _norm(f"{block}ffn_norm", d)
+        shapes |= _linear(f"{block}ffn.fc1", 4 * d, d) | _linear(f"{block}ffn.fc2", d, 4 * d)
+        for part in ("query", "key", "value", "out"):
+            shapes |= _linear(f"{block}attn.{part}", d, d)
+    return shapes if classes is None else shapes | _linear("head", classes, d)
+
+
+def adaptformer_image(
+    width: int = 128, layers: int = 2, classes: int | None = 5, hidden: int = 8, head: str = "head.1"
+) -> Shapes:
+    """AdaptFormer's `vit_image.py`; `head`: what its linear layer is called, "head" without the batch norm."""
+    d = width
+    shapes: Shapes = {
+        "cls_token": (1, 1, d),
+        "pos_embed": (1, 5, d),
+        "patch_embed.proj.weight": (d, 3, 16, 16),
+        "patch_embed.proj.bias": (d,),
+        **_norm("norm", d),
+    }
+    for i in range(layers):
+        shapes |= _adaptformer_block(f"blocks.{i}.", d, hidden)
+        shapes |= {f"blocks.{i}.attn.{part}_proj.bias": (d,) for part in "qkv"}
+    return shapes | _normed_head(d, classes, head)
+
+
+def adaptformer_video(
+    width: int = 128,
+    layers: int = 2,
+    classes: int | None = 5,
+    hidden: int = 8,
+    tubelet: int = 2,
+    patch: int = 32,
+    prompts: int = 0,
+) -> Shapes:
+    """AdaptFormer's `vit_video.py`."""
+    d = width
+    shapes: Shapes = {
+        "patch_embed.proj.weight": (d, 3, tubelet, patch, patch),
+        "patch_embed.proj.bias": (d,),
+        **_norm("fc_norm", d),
+    }
+    for i in range(layers):
+        shapes |= _adaptformer_block(f"blocks.{i}.", d, hidden)
+        shapes |= {f"blocks.{i}.attn.{part}_bias": (d,) for part in "qv"}
+        if prompts:
+            shapes[f"embeddings.{i}"] = (1, prompts, d)
+    return shapes | _normed_head(d, classes, "head.1")
+
+
+def _adaptformer_block(block: str, d: int, hidden: int) -> Shapes:
+    shapes = _norm(f"{block}norm1", d) | _norm(f"{block}norm2", d) | _linear(f"{block}attn.proj", d, d)
+    shapes |= {f"{block}attn.{part}_proj.weight": (d, d) for part in "qkv"}
+    shapes |= _linear(f"{block}fc1", 4 * d, d) | _linear(f"{block}fc2", d, 4 * d)
+    if hidden:
+        name = f"{block}adaptmlp."
+        shapes |= _linear(f"{name}down_proj", hidden, d) | _linear(f"{name}up_proj", d, hidden)
+    return shapes
+
+
+def _normed_head(d: int, classes: int | None, name: str) -> Shapes:
+    """A linear layer behind a batch norm, of which running statistics are all that is kept; `head`: it alone."""
+    if classes is None:
+        return {}
+    norm = {} if name == "head" else {"head.0.running_mean": (d,), "head.0.running_var": (d,)}
+    return norm | _linear(name, classes, d)
+
+
+def evl(
+    width: int = 128,
+    layers: int = 3,
+    frames: int | None = 4,
+    classes: int | None = 5,
+    read: int = 2,
+    inner: int = 0,
+    hidden: int = 0,
+    tables: bool = True,
+    grid: int = 2,
+    patch: int = 16,
+) -> Shapes:
+    """EVL's `model.py`, its image model included, which it writes only where that was finetuned; `read`: layers of the
+    decoder."""
+    d, b, c = width, "backbone.", "decoder."
+    shapes: Shapes = {
+        f"{b}cls_token": (d,),
+        f"{b}pos_embed": (grid * grid + 1, d),
+        **_linear(f"{b}patch_embed.proj", d, 3 * patch * patch),
+        **_norm(f"{b}ln_pre", d),
+        f"{c}cls_token": (d,),
+    }
+    for i in range(layers):
+        block = f"{b}blocks.{i}."
+        shapes |= _evl_layer(block, d, d, 4 * d) | _norm(f"{block}norm1", d) | _norm(f"{block}norm2", d)
+    for i in range(read):
+        layer = f"{c}decoder_layers.{i}."
+        shapes |= _evl_layer(layer, d, inner or d, hidden or 4 * d)
+        shapes |= _norm(f"{layer}norm1", d) | _norm(f"{layer}norm2", d) | _norm(f"{layer}norm3", d)
+        shapes |= {f"{c}temporal_conv.{i}.weight": (d, 1, 3), f"{c}temporal_conv.{i}.bias": (d,)}
+        if frames is not None:
+            shapes[f"{c}temporal_pos_embed.{i}"] = (frames, d)
+        if tables:
+            shapes |= {f"{c}cross_attention.{i}.w{way}": ((2 * grid - 1) ** 2, d) for way in (1, 2)}
+    shapes |= _norm("proj.0", d)
+    return shapes if classes is None else shapes | _linear("proj.2", classes, d)
+
+
+def _evl_layer(name: str, d: int, inner: int, hidden: int) -> Shapes:
+    shapes = _linear(f"{name}attn.out_proj", d, inner)
+    for part in "qkv":
+        shapes |= _linear(f"{name}attn.{part}_proj", inner, d)
+    return shapes | _linear(f"{name}mlp.fc1", hidden, d) | _linear(f"{name}mlp.fc2", d, hidden)
+
+
+def side4video(
+    width: int = 128, layers: int = 2, classes: int | None = 5, side: int = 64, grid: int = 2, patch: int = 16
+) -> Shapes:
+    """Side4Video's `Recognition/clip/model.py`, without the counts of the batch norms' steps."""
+    d, s, v = width, side, "visual."
+    t = f"{v}transformer.side_"
+    trunk = aim_clip(width, layers, None, None, (), grid=grid, patch=patch)
+    shapes: Shapes = {
+        v + name.removeprefix("backbone."): shape for name, shape in trunk.items() if "ln_post" not in name
+    }
+    shapes |= {f"{v}side_conv1.weight": (s, 3, 3, patch, patch), f"{v}side_conv1.bias": (s,)}
+    shapes |= _batch_norm(f"{v}side_pre_bn3d", s) | _batch_norm(f"{v}side_post_bn", s)
+    shapes[f"{t}spatial_position_embeddings"] = (grid * grid, s)
+    for i in range(layers):
+        block = f"{t}transformer.{i}."
+        shapes |= _linear(f"{t}linears.{i}", s, d) | _norm(f"{t}lns.{i}", d)
+        shapes |= _batch_norm(f"{block}bn_1", s) | _batch_norm(f"{block}bn_2", s) | _norm(f"{block}ln_1", s)
+        for part, kernel in ((0, (s, s, 1, 1, 1)), (1, (s, 1, 3, 1, 1)), (2, (s, s, 1, 1, 1))):
+            shapes |= {f"{block}conv.{part}.weight": kernel, f"{block}conv.{part}.bias": (s,)}
+        shapes |= {f"{block}attn.in_proj_weight": (3 * s, s), f"{block}attn.in_proj_bias": (3 * s,)}
+        shapes |= _linear(f"{block}attn.out_proj", s, s)
+        shapes |= _linear(f"{block}mlp.fc1", 4 * s, s) | _linear(f"{block}mlp.fc2", s, 4 * s)
+    return shapes if classes is None else shapes | _linear("fc", classes, s)
+
+
+def _batch_norm(name: str, d: int) -> Shapes:
+    return _norm(name, d) | {f"{name}.running_mean": (d,), f"{name}.running_var": (d,)}
+
+
+def efficient_prompt(
+    width: int = 128,
+    layers: int = 2,
+    frames: int = 4,
+    classes: int | None = None,
+    grid: int = 2,
+    shared: int = 64,
+    text_layers: int = 1,
+    temporal_layers: int = 2,
+    vocabulary: int = 100,
+) -> Shapes:
+    """Efficient-Prompt's `model.py` around OpenAI's `clip/model.py`; the classes are texts."""
+    d, c, v = width, "clipmodel.", "clipmodel.visual."
+    shapes: Shapes = {
+        f"{v}class_embedding": (d,),
+        f"{v}positional_embedding": (grid * grid + 1, d),
+        f"{v}proj": (d, shared),
+        f"{v}conv1.weight": (d, 3, 16, 16),
+        **_norm(f"{v}ln_pre", d),
+        **_norm(f"{v}ln_post", d),
+        f"{c}positional_embedding": (77, 64),
+        f"{c}text_projection": (64, shared),
+        f"{c}logit_scale": (),
+        f"{c}token_embedding.weight": (vocabulary, 64),
+        **_norm(f"{c}ln_final", 64),
+        "embedding.weight": (77, 64),
+        "temporalEmbedding.weight": (frames, shared),
+    }
+    for stack, of, count in (
+        (f"{v}transformer", d, layers),
+        (f"{c}transformer", 64, text_layers),
+        ("temporalModelling", shared, temporal_layers),
+    ):
+        for i in range(count):
+            block = f"{stack}.resblocks.{i}."
+            shapes |= {f"{block}attn.in_proj_weight": (3 * of, of), f"{block}attn.in_proj_bias": (3 * of,)}
+            shapes |= _linear(f"{block}attn.out_proj", of, of) | _norm(f"{block}ln_1", of) | _norm(f"{block}ln_2", of)
+            shapes |= _linear(f"{block}mlp.c_fc", 4 * of, of) | _linear(f"{block}mlp.c_proj", of, 4 * of)
+    return shapes

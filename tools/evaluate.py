@@ -3,7 +3,9 @@
     python tools/evaluate.py runs/k400 --shards SHARDS --views 3x1
     deepspeed tools/evaluate.py runs/k400/checkpoint-008000 --shards SHARDS --views 3x3
 
-CHECKPOINT is a run's folder (its newest checkpoint), one of its checkpoints, or what tools/convert_checkpoint.py made.
+CHECKPOINT is a run's folder (its newest checkpoint), one of its checkpoints, or what tools/convert_checkpoint.py made;
+of a method that trains nothing (zero_shot) its recipe. Models that read class names (prompt_clip, zero_shot) answer for
+the set's classes, whatever they were trained for: on other classes than those that is zero-shot recognition.
 Clips are cut as in the run; of a published checkpoint densely, 128 source frames a clip, unless --set data.sampling and
 data.interval say otherwise. The metrics are the same for any batch and any number of processes.
 
@@ -48,6 +50,7 @@ from pipelines.remote import open_set
 from pipelines.shards import ShardSet, write_durably
 from train.engine import World, start_world
 from train.evaluate import AVERAGINGS, Evaluation, evaluate
+from train.feature_sets import check_feature_set
 from train.metrics import metrics_text
 from train.start import PACKAGES
 from train.trained import Trained, open_trained
@@ -68,8 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     location = arguments.shards or data.shards
     if not location:
         raise ValueError(f"{arguments.checkpoint} names no set: add --shards FOLDER, made by tools/make_shards.py")
-    shards = open_set(location, arguments.split or data.val_split or "val", cache=data.cache, window=1)
+    split = arguments.split or data.val_split or "val"
+    shards = data.part.of_testing(open_set(location, split, cache=data.cache, window=1))
     trained.require_classes(tuple(shards.classes), f"{location}")
+    check_feature_set(shards, trained.model, trained.config)
     if trained.assumed and os.environ.get("RANK", "0") == "0":
         print(trained.assumed, flush=True)
     bf16 = trained.config.bf16 if arguments.precision is None else arguments.precision == "bf16"
@@ -127,7 +132,8 @@ def for_evaluation(speed: SpeedOptions, bf16: bool) -> SpeedOptions:
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a run, a checkpoint, or a converted one")
+    what = "a run, a checkpoint, a converted one, or the .toml recipe of a method without training"
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help=what)
     parser.add_argument("--shards", metavar="SET", help="a packed set: a folder, or its address (default: the run's)")
     parser.add_argument("--split", help="default: the run's validation split, or val")
     parser.add_argument("--views", metavar="CLIPSxCROPS", help="such as 3x1 or 1x3 (default: the run's)")

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from model.backbone import load_image_tower
 from model.flops import Cost, WithoutData, count_cost
 from model.geometry import RANDOM_WEIGHTS, ImageTower, SwinGeometry
-from model.methods import METHODS, create
+from model.methods import METHODS, create, load_tower
 from model.parameters import count_parameters
 from pipelines.cli import run_cli
 from tools.parts.published import CLIP_B, CLIP_L, IN21K_B, KINETICS400, SWIN_B, TABLES, Published, Rebuilt
@@ -129,7 +129,8 @@ def main() -> None:
     rows += published_rows(arguments.methods, arguments.backbones)
     for path in arguments.out:
         path.parent.mkdir(parents=True, exist_ok=True)
-    records = [record(row) for row in tqdm(rows, desc="models", leave=False, disable=None)]
+    counted = (record(row) for row in tqdm(rows, desc="models", leave=False, disable=None))
+    records = [values for values in counted if values is not None]
     for path in arguments.out:
         path.write_text(WRITERS[path.suffix](records), encoding="utf-8")
     print(text_tables(records))
@@ -168,15 +169,15 @@ def parse_arguments() -> argparse.Namespace:
 
 def grid_rows(methods: Sequence[str], names: Sequence[str], classes: int) -> Iterator[Row]:
     """Every method on every image model that it can adapt, with every number of frames, tested as on Kinetics-400."""
-    pairs = [(m, n) for m in methods for n in names if type(tower(n).geometry) in METHODS[m].models]
+    pairs = [(m, n) for m in methods for n in names if fits(m, n)]
     if not pairs:
-        fitting = ", ".join(m for m in METHODS if type(tower(names[0]).geometry) in METHODS[m].models)
+        fitting = ", ".join(m for m in METHODS if fits(m, names[0]))
         raise ValueError(
             f"--methods {' '.join(methods)} cannot adapt --backbones {' '.join(names)}; {names[0]} allows {fitting}"
         )
     for method, name in pairs:
         backbone, pretrain = BACKBONES.get(name, (name, ""))
-        clips_crops = "4x3" if isinstance(tower(name).geometry, SwinGeometry) else "3x1"
+        clips_crops = "4x3" if isinstance(tower(method, name).geometry, SwinGeometry) else "3x1"
         for frames in FRAMES:
             rebuilt = Rebuilt(method, name)
             published = find_published(rebuilt, frames) if classes == KINETICS400.classes else None
@@ -208,10 +209,20 @@ def num_frames(views: str) -> int:
     return int(views.partition("x")[0])
 
 
+def fits(method: str, name: str) -> bool:
+    """Whether a method can adapt an image model."""
+    load_image_tower(name, RANDOM_WEIGHTS)  # a ValueError, if there is none of that name
+    try:
+        geometry = tower(method, name).geometry
+    except ValueError:  # it reads texts, and the image model has no text tower
+        return False
+    return any(isinstance(geometry, kind) for kind in METHODS[method].models)
+
+
 @cache
-def tower(name: str) -> ImageTower:
-    """The geometry of an image model."""
-    return load_image_tower(name, RANDOM_WEIGHTS)
+def tower(method: str, name: str) -> ImageTower:
+    """The geometry of an image model, with its text tower where the method reads texts."""
+    return load_tower(method, name, RANDOM_WEIGHTS)
 
 
 @cache
@@ -225,17 +236,22 @@ def count(method: str, name: str, changes: tuple[tuple[str, Any], ...], frames: 
     """Builds a model without weights and counts it; once for all tables."""
     options = options_of(method, changes)
     with WithoutData():
-        model = create(method, tower(name), num_classes=classes, num_frames=frames, options=options)
+        model = create(method, tower(method, name), num_classes=classes, num_frames=frames, options=options)
     return Counted(*count_parameters(model), count_cost(model))
 
 
-def record(row: Row) -> Record:
-    """A row, counted, as plain values."""
+def record(row: Row) -> Record | None:
+    """A row, counted, as plain values; None for a number of frames that a method of the first table cannot take."""
     rebuilt, published = row.rebuilt, row.published
     counted = None
     if rebuilt is not None:
         changes = tuple(rebuilt.options.items())
-        counted = count(rebuilt.method, rebuilt.name, changes, num_frames(row.views), row.classes)
+        try:
+            counted = count(rebuilt.method, rebuilt.name, changes, num_frames(row.views), row.classes)
+        except ValueError:
+            if row.table != GRID:
+                raise
+            return None
     cost = counted.cost if counted else None
     views = prod(map(int, row.views.split("x")[1:])) if row.views else 0
     return {

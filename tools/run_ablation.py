@@ -52,7 +52,7 @@ MARKER = ".made-by-run_ablation"
 _OURS = {"train.seed": "--seeds", "data.fraction_seed": "--seeds", "data.shards": "--shards", "run.out": "--out"}
 _CHECKPOINTS = "train.checkpoint_every=100"  # a run of the demo has 450 steps
 _EVALUATION = ("val_split", "eval_crop", "test_clips", "test_crops")
-_ROW_KEYS: dict[str, Any] = {"name": str, "recipe": str, "set": list, "published": int | float}
+_ROW_KEYS: dict[str, Any] = {"name": str, "recipe": str, "set": list, "published": int | float, "note": str}
 _KEYS: dict[str, Any] = {"title": str, "recipe": str, "published": str, "row": list}
 
 
@@ -66,6 +66,8 @@ class Row:
     """`section.key=value`, as after --set."""
     published: float | None
     """Top-1 in percent, of what the ablation says."""
+    note: str = ""
+    """What must be known of it, under the table."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def read_ablation(name: str) -> Ablation:
         if not all(isinstance(text, str) for text in entry.get("set", [])):
             raise ValueError(f"{where}: set holds texts such as 'model.adapters=[]'")
         settings = tuple(entry.get("set", []))
-        rows.append(Row(entry["name"], entry.get("recipe", document["recipe"]), settings, entry.get("published")))
+        recipe, published = entry.get("recipe", document["recipe"]), entry.get("published")
+        rows.append(Row(entry["name"], recipe, settings, published, entry.get("note", "")))
     names = [row.name for row in rows]
     if not rows or len(set(names)) < len(names):
         raise ValueError(f"{path}: rows need names that differ" if rows else f"{path} has no rows")
@@ -325,6 +328,7 @@ def make_table(
                 "top1": summarise({seed: top1(path) for seed, path in finished.items()}),
                 "clips_per_s": {seed: clips_per_s(path) for seed, path in finished.items()},
                 "published": row.published,
+                "note": row.note,
                 "runs": {seed: path.name for seed, path in finished.items()},
             }
         )
@@ -398,7 +402,13 @@ def markdown(table: Mapping[str, Any]) -> str:
         )
     note = "\nPublished numbers are the paper's, for the data and model named above them; not measured here.\n"
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"# {table['title']}\n\n{body}\n{note if published else ''}"
+    return f"# {table['title']}\n\n{body}\n{note if published else ''}{notes(table['rows'])}"
+
+
+def notes(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What must be known of single rows, a line each."""
+    found = "".join(f"- {row['name']}: {row['note']}\n" for row in rows if row.get("note"))
+    return f"\n{found}" if found else ""
 
 
 def draw(path: Path, table: Mapping[str, Any]) -> None:

@@ -13,7 +13,12 @@ from train.config import ModelConfig
 
 
 def build_model(
-    config: ModelConfig, *, num_classes: int, num_frames: int, seed: int, class_names: Sequence[str] | None = None
+    config: ModelConfig,
+    *,
+    num_classes: int | None,
+    num_frames: int,
+    seed: int,
+    class_names: Sequence[str] | None = None,
 ) -> VideoModel:
     """The model at its initialisation, in float32 on the CPU; the same for the same arguments.
 

@@ -193,6 +193,8 @@ def evaluate(
     labels = table((len(shards), num_classes) if several else len(shards))
     turns = eval_turns(len(shards), num_views, micro_batch=micro_batch, rank=world.rank, world=world.size)
     failure = None
+    trains = model.training
+    model.eval()
     size, known = model.geometry.image_size, None if cache is None else partial(cache.known, shards.split)
     with ClipLoader(shards, turns, micro_batch=micro_batch, size=size, known=known, **loader_options) as loader:
         try:
@@ -209,6 +211,7 @@ def evaluate(
                     on_batch()
         except (ValueError, OSError) as error:  # the others know nothing of it and come to where all meet
             failure = error
+    model.train(trains)
     world.agree(failure)
     for sums in (answers, labels, counts):
         world.sum(sums)

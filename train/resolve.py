@@ -72,13 +72,16 @@ DEEPSPEED_KEYS: dict[str, Any] = {
 _ONLY_IN_RECIPES = {"scheduler": "section [schedule]", "lr": "optimizer.lr", "learning_rate": "optimizer.lr"}
 
 
-def load_config(recipe: str, overrides: Iterable[str] = (), deepspeed_file: str | None = None) -> Config:
+def load_config(
+    recipe: str, overrides: Iterable[str] = (), deepspeed_file: str | None = None, *, needs_data: bool = True
+) -> Config:
     """Reads and resolves a run.
 
     Args:
         recipe: path of a TOML file, or the name of one in train/recipes.
         overrides: `section.key=value` and `ds.key=value` in TOML's syntax; a bare word is text.
         deepspeed_file: path of a DeepSpeed JSON; else what the recipe names, else ds_config.json at the root.
+        needs_data: whether the recipe or an override must name a set.
 
     Raises:
         ValueError, OSError: with one line that names the key, what was given and what is allowed.
@@ -97,7 +100,7 @@ def load_config(recipe: str, overrides: Iterable[str] = (), deepspeed_file: str 
     out, where = table.get(("run", "out"), ("", str(path)))
     table["run", "out"] = f"runs/{path.stem}" if out == "" else out, where
     config = _build_config(table, _check_deepspeed(deepspeed, str(deepspeed_path)))
-    if not config.data.shards:
+    if needs_data and not config.data.shards:
         raise ValueError(f"{path} names no data: add --set data.shards=FOLDER, made by tools/make_shards.py")
     return config
 

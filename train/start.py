@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import platform
 import subprocess
@@ -18,19 +19,21 @@ from typing import Any, TextIO
 import torch
 
 from model.attention import attention_backend
+from model.methods import METHODS
 from model.parameters import count_parameters, parameter_table
 from model.speed import describe_speed, record_graphs, speed_up
 from model.video import VideoModel
+from pipelines.features import check_options
 from pipelines.loader import describe_decoding
 from pipelines.machine import installed_versions, processor_name
 from pipelines.remote import open_set
 from pipelines.shards import ShardSet, write_durably
-from pipelines.subset import choose_fraction
 from train.bad_samples import BadSamples
 from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, newest_checkpoint, resume
 from train.config import Batch, Config
 from train.engine import Engine, World, start_world
+from train.feature_sets import check_feature_set
 from train.loop import Job, train
 from train.metrics import MetricsLog
 from train.resolve import ROOT
@@ -128,15 +131,22 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
 
     Raises ValueError or OSError: shards missing or damaged, no such split, run.out in use, an unknown model.
     """
+    if not METHODS[config.model.method].trains:
+        raise ValueError(
+            f"model.method = {config.model.method!r} has nothing to train: evaluate it, "
+            "python tools/evaluate.py RECIPE.toml --shards SHARDS"
+        )
     out = Path(config.run.out)
     in_use = out.exists() and (not out.is_dir() or any(path.name != LOCK for path in out.iterdir()))
     if in_use and not resume:
         raise FileExistsError(
             f"{out} exists and is not empty: add --resume to continue that run, or choose another with --set run.out=…"
         )
-    shards = _open_shards(config, config.data.train_split)
-    shards.kept = choose_fraction(shards, config.data.fraction, config.data.fraction_seed)
-    val_shards = _open_shards(config, config.data.val_split) if config.data.val_split else None
+    part = config.data.part
+    shards = part.of_training(_open_shards(config, config.data.train_split))
+    val_shards = part.of_testing(_open_shards(config, config.data.val_split)) if config.data.val_split else None
+    if shards.features is not None:
+        check_options(config.data, shards.features)
     if shards.multi_label and config.train.label_smoothing:
         raise ValueError(
             f"train.label_smoothing = {config.train.label_smoothing}; allowed is 0: the videos of {shards.folder} have "
@@ -148,18 +158,26 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
     settings, frames, seed = config.model, config.data.num_frames, config.train.seed
     if os.environ.get("RANK", "0") == "0":  # may download for minutes
         print(f"loading {settings.name}, weights {settings.pretrained}, method {settings.method}", flush=True)
-    model = build_model(settings, num_classes=len(shards.classes), num_frames=frames, seed=seed)
+    classes = shards.classes
+    model = build_model(settings, num_classes=len(classes), num_frames=frames, seed=seed, class_names=classes)
+    for split in (shards, val_shards):
+        if split is not None:
+            check_feature_set(split, model, config)
     return Prepared(config, batch, shards, val_shards, resume, checkpoint, model, backbone_checksum(model))
 
 
 def _uneven_frames(config: Config, shards: ShardSet) -> str:
     """What to say where the planned frames are not among the stored ones, or nothing."""
     data, (_, slash, every) = config.data, shards.stored_frames.partition("/")
-    if data.sampling != "dense" or not slash or not every.isdecimal() or data.interval % int(every) == 0:
+    if data.sampling != "dense" or not slash or not every.isdecimal():
         return ""
+    uneven = [interval for interval in (data.interval, *data.intervals) if interval % int(every)]
+    if not uneven:
+        return ""
+    key = "data.interval" if data.interval in uneven else "data.intervals"
     return (
-        f"{shards.folder} stores one frame in {every} and data.interval is {data.interval}: clips take the nearest "
-        f"stored frames, unevenly; choose a multiple of {every}, or pack with --fps source/{data.interval}"
+        f"{shards.folder} stores one frame in {every} and {key} is {uneven[0]}: clips take the nearest stored frames, "
+        f"unevenly; choose a multiple of {every}, or pack with --fps source/{math.gcd(data.interval, *data.intervals)}"
     )
 
 
@@ -200,7 +218,7 @@ def _opening(job: Job) -> str:
     decoding = describe_decoding(job.shards, world.device, job.loader_options()["workers"])
     attention = attention_backend(world.device, biased=job.model.biased_attention, backend=config.speed.attention)
     speed = describe_speed(config.speed, world.device)
-    lines.append(f"decoding by {decoding}; attention by {attention}{speed and '; '}{speed}")
+    lines.append(f"{decoding}; attention by {attention}{speed and '; '}{speed}")
     if batch.total > job.shards.num_kept:
         lines.append(
             f"a step of {batch.total} clips is more than the {job.shards.num_kept} samples: they repeat within it, and "
@@ -215,7 +233,8 @@ def _samples(job: Job) -> str:
     data, shards = job.config.data, job.shards
     if shards.kept is None:
         return f"{len(shards)} samples"
-    chosen = f"data.fraction = {data.fraction:g}, data.fraction_seed = {data.fraction_seed}"
+    rule = f"data.shots = {data.shots}" if data.shots else f"data.fraction = {data.fraction:g}"
+    chosen = f"{rule}, data.fraction_seed = {data.fraction_seed}"
     return f"{shards.num_kept} of {len(shards)} samples ({chosen})"
 
 

@@ -1,4 +1,5 @@
-"""A trained model from where it lies: a run, one of its checkpoints, or what tools/convert_checkpoint.py made."""
+"""A trained model from where it lies: a run, one of its checkpoints, or what tools/convert_checkpoint.py made; or, of a
+method that trains nothing, its recipe."""
 
 from __future__ import annotations
 
@@ -8,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from model import checkpoints
+from model.methods import METHODS
 from model.video import VideoModel
 from train.build import backbone_checksum, build_model
 from train.checkpoint import load_weights, newest_checkpoint, read_checkpoint
 from train.config import Config
-from train.resolve import config_from_dict, parse_override
+from train.resolve import config_from_dict, load_config, parse_override
 
 _SPAN = 128  # source frames that every published dense clip covers: 8 × 16, 16 × 8, 32 × 4
 _CONVERTED_BATCH = 8
@@ -47,8 +49,10 @@ class Trained:
         return build_model(config.model, num_classes=count, num_frames=frames, seed=seed, class_names=names).eval()
 
     def require_classes(self, names: tuple[str, ...], where: str) -> None:
-        """ValueError, naming the first class that differs, unless the model was trained for these classes."""
+        """ValueError, naming the first class that differs, unless the model was trained for these classes; one that
+        reads class names is told these and answers for them, whatever it was trained for."""
         if self.model.reads_class_names:
+            self.model.name_classes(names)
             return
         if self.model.num_classes is None:
             raise ValueError(f"{self.folder} has no classifier, so there is nothing to compare with labels; train it")
@@ -67,12 +71,15 @@ class Trained:
 
 
 def open_trained(path: Path, overrides: Iterable[str] = ()) -> Trained:
-    """Loads the newest checkpoint of a run's folder, a checkpoint by its own folder, or a converted one.
+    """Loads the newest checkpoint of a run's folder, a checkpoint by its own folder, a converted one, or the model of a
+    recipe (.toml) whose method trains nothing.
 
     `overrides` change the configuration as `--set` does in training; those of [model] are settings of `model.load` for
     a converted checkpoint. Raises ValueError or OSError: nothing of the kind there, damaged, or the frozen weights are
     not those that it was trained on.
     """
+    if path.suffix == ".toml":
+        return _open_recipe(path, overrides)
     if path.is_file():
         raise ValueError(
             f"{path} is a file; convert it to a folder, then give that: python tools/convert_checkpoint.py {path} NEW"
@@ -88,6 +95,20 @@ def open_trained(path: Path, overrides: Iterable[str] = ()) -> Trained:
         f"{path} is neither a run with a checkpoint (checkpoint-…), nor a checkpoint (state.json), nor a converted "
         f"checkpoint ({checkpoints.DOCUMENT})"
     )
+
+
+def _open_recipe(path: Path, overrides: Iterable[str]) -> Trained:
+    config = load_config(str(path), overrides, needs_data=False)
+    if METHODS[config.model.method].trains:
+        untrained = " or ".join(name for name, method in METHODS.items() if not method.trains)
+        raise ValueError(
+            f"{path} is a recipe, and a model of method {config.model.method} must be trained: python train/main.py "
+            f"--recipe {path}, then give the run's folder; only with model.method = {untrained} a recipe is enough"
+        )
+    frames, seed = config.data.num_frames, config.train.seed
+    built = build_model(config.model, num_classes=None, num_frames=frames, seed=seed).eval()
+    micro_batch = config.deepspeed["train_micro_batch_size_per_gpu"]
+    return Trained(built, config, Path(config.run.out), None, None, micro_batch)
 
 
 def _open_checkpoint(path: Path, overrides: Iterable[str]) -> Trained:

@@ -82,7 +82,7 @@ def build(
     name: str,
     pretrained: str,
     *,
-    num_classes: int,
+    num_classes: int | None,
     num_frames: int,
     seed: int = 0,
     normalisation: str = "",
@@ -94,14 +94,21 @@ def build(
     `class_names`: of the classes, for models that read them.
     """
     torch.manual_seed(seed)
-    entry = METHODS[method]
-    options = entry.options() if options is None else options
-    text_tower = entry.reads_texts(options)
-    tower = load_image_tower(name, pretrained, normalisation=normalisation, text_tower=text_tower)
+    tower = load_tower(method, name, pretrained, normalisation=normalisation, options=options)
     model = create(method, tower, num_classes=num_classes, num_frames=num_frames, options=options)
     if class_names is not None:
         model.name_classes(class_names)
     return model
+
+
+def load_tower(
+    method: str, name: str, pretrained: str, *, normalisation: str = "", options: Any | None = None
+) -> ImageTower:
+    """The image model that a method with these options stands on, with its text tower where it reads texts; arguments
+    and errors as of `model.backbone.load_image_tower`."""
+    entry = METHODS[method]
+    texts = entry.reads_texts(entry.options() if options is None else options)
+    return load_image_tower(name, pretrained, normalisation=normalisation, text_tower=texts)
 
 
 def describe(model: VideoModel) -> dict[str, Any]:

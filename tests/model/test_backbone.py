@@ -61,6 +61,7 @@ def test_normalisation_is_that_of_the_weights_unless_asked_otherwise() -> None:
 def test_normalisations_are_the_published_ones() -> None:
     """On the 0-255 scale of the official configs; those of CLIP are rounded there."""
     published = {
+        "openai_clip": ((122.7709383, 116.7460125, 104.09373615), (68.5005327, 66.6321579, 70.32316305)),
         "aim_clip": ((122.769, 116.74, 104.04), (68.493, 66.63, 70.321)),
         "imagenet": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
         "half": ((127.5,) * 3, (127.5,) * 3),
@@ -73,7 +74,7 @@ def test_normalisations_are_the_published_ones() -> None:
 
 
 def test_an_unknown_normalisation_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"model\.normalisation = 'clip'; allowed is aim_clip, imagenet, half"):
+    with pytest.raises(ValueError, match=r"model\.normalisation = 'clip'; allowed is openai_clip, aim_clip, imagenet, half"):
         load_image_tower("tiny-clip", "none", normalisation="clip")
 
 

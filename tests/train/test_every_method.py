@@ -15,7 +15,12 @@ from tests.train.runs import metrics, trace
 from train.main import main
 from train.trained import open_trained
 
-ON_CLIP = [name for name, entry in METHODS.items() if any(issubclass(CLIPGeometry, kind) for kind in entry.models)]
+ON_CLIP = [
+    name
+    for name, entry in METHODS.items()
+    if entry.trains and any(issubclass(CLIPGeometry, kind) for kind in entry.models)
+]
+FITTING = {"prompt_clip": ("model.prefix=4", "model.postfix=4")}  # texts of the tiny CLIP have 24 places
 DROPS = ("drop_path", "head_dropout", "dropout", "prompt_dropout", "adapter_dropout")
 """Rates that are set above 0, where a method has them: what is random must come again."""
 
@@ -25,6 +30,7 @@ def arguments(packed: Path, out: Path, method: str) -> list[str]:
     settings = [
         *(f"data.shards={packed}", "data.num_frames=4", "data.workers=1", "data.test_crops=1"),
         *(f"model.method={method}", "model.pretrained=none", *rates),
+        *FITTING.get(method, ()),
         *("ds.train_batch_size=4", "ds.train_micro_batch_size_per_gpu=2"),
         *("schedule.epochs=0.6", "schedule.warmup_epochs=0", "train.eval_every=0", "train.checkpoint_every=1"),
         *("train.keep=99", f"run.out={out}", "run.trace=true"),

@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from model.backbone import load_image_tower
-from model.methods import create
+from model.methods import create, load_tower
 from model.parameters import count_parameters
 from tools.run_ablation import ABLATIONS, Row, plan_runs, read_ablation
 from train.config import Config
 from train.resolve import RECIPES, load_config
 
 OWN = ("demo", "demo_baseline", "my_videos")  # ours, so nothing is published of them
-CLASSES = {"data/k400": 400, "data/k700": 700, "data/ssv2": 174, "data/diving48": 48}
+CLASSES = {
+    **{"data/k400": 400, "data/k700": 700, "data/ssv2": 174, "data/diving48": 48},
+    **{"data/k400_features": 400, "data/hmdb51_features": 51},
+}
 
 
 class Data(NamedTuple):
@@ -35,6 +37,7 @@ SSV2 = Data("uniform", 50, 0.0, (4, 7), 0.25, 0.1)
 SSV2_SWIN = SSV2._replace(epochs=60)
 TIMESFORMER = K400._replace(epochs=15)
 CLIP_B, CLIP_L = ("ViT-B-16-quickgelu", "openai", "aim_clip"), ("ViT-L-14-quickgelu", "openai", "aim_clip")
+OWN_CLIP_B, OWN_CLIP_L = (*CLIP_B[:2], ""), (*CLIP_L[:2], "")
 IN21K = ("vit_base_patch16_224", "orig_in21k_ft_in1k", "imagenet")
 SWIN = ("swin_base_patch4_window7_224", "ms_in22k", "imagenet")
 
@@ -54,10 +57,17 @@ class Published(NamedTuple):
     options: dict[str, Any]
     parameters: tuple[int, int]
     """Total, trainable, with the head."""
+    warmup: float = 2.5
+    intervals: tuple[int, ...] = ()
+    grayscale: float = 0.0
 
 
 AIM = {"adapter_scale": 0.5, "temporal_adapters": 1, "drop_path": 0.2, "head_dropout": 0.5}
 AIM_SSV2 = AIM | {"adapter_scale": 1.0, "temporal_adapters": 2}
+RAND_M7 = (4, 21, 1.5)  # timm's rand-m7-n4-mstd0.5
+ST_ADAPTER = K400._replace(epochs=12)
+EVL, EVL_LR = K400._replace(epochs=53, rand_augment=RAND_M7), (4e-4, 1.0, 0.05)
+PROMPT_LR, THINNED = (1e-4, 1.0, 0.01), (1, 2, 3, 3, 3, 4)
 LR, LR_SLOW = (3e-4, 1.0, 0.05), (3e-4, 0.1, 0.05)
 PUBLISHED = {
     "aim_b16_k400": Published("aim", CLIP_B, K400, 8, 16, (3, 1), LR, AIM, (96764560, 10966672)),
@@ -129,6 +139,107 @@ PUBLISHED = {
         {"drop_path": 0.4, "temporal_window": 16, "head_dropout": 0.5},
         (88834038, 88834038),
     ),
+    "st_adapter_b16_k400": Published(
+        "st_adapter",
+        OWN_CLIP_B,
+        ST_ADAPTER,
+        8,
+        16,
+        (3, 1),
+        (2.5e-4, 1.0, 0.01),
+        {"bottleneck": 384},
+        (93217168, 7417744),
+        2,
+    ),
+    "st_adapter_b16_ssv2": Published(
+        "st_adapter",
+        OWN_CLIP_B,
+        SSV2._replace(rand_augment=RAND_M7, random_erasing=0.0, label_smoothing=0.0),
+        8,
+        None,
+        (1, 3),
+        (2.5e-4, 1.0, 0.01),
+        {"adapters": "both"},
+        (100153518, 14354094),
+        2,
+    ),
+    "evl_b16_k400": Published("evl", OWN_CLIP_B, EVL, 8, 16, (3, 1), EVL_LR, {}, (118982032, 33183376), 0),
+    "evl_l14_k400_32f": Published("evl", OWN_CLIP_L, EVL, 32, 4, (1, 3), EVL_LR, {}, (362004880, 58826128), 0),
+    "dualpath_b16_k400": Published(
+        "dualpath",
+        (*OWN_CLIP_B[:2], "imagenet"),
+        K400._replace(epochs=50, rand_augment=(2, 30)),
+        16,
+        8,
+        (3, 1),
+        (1.75e-4, 1.0, 0.05),
+        {"form": "paper"},
+        (96402832, 10210192),
+        3,
+        (1, 2, 4, 8),
+        0.2,
+    ),
+    "zero_i2v_b16_k400_16f": Published(
+        "zero_i2v",
+        CLIP_B,
+        K400._replace(epochs=40, rand_augment=(4, 7)),
+        16,
+        8,
+        (3, 1),
+        LR,
+        {"mlp_adapters": 2},
+        (100321168, 14523280),
+    ),
+    "side4video_b16_k400": Published(
+        "side4video",
+        OWN_CLIP_B,
+        Data("uniform", 30, 0.5, (), 0.0, 0.1),
+        8,
+        None,
+        (1, 3),
+        (1e-3, 1.0, 0.15),
+        {"side_width": 320},
+        (106983120, 21185232),
+        4,
+    ),
+    "adaptformer_video_ssv2": Published(
+        "adaptformer_video",
+        ("vit_base_patch16_224", "none", "imagenet"),
+        Data("dense", 90, 0.0, (), 0.0, 0.0),
+        8,
+        4,
+        (2, 3),
+        (1e-3, 1.0, 0.0),
+        {"bottleneck": 64, "adapter_scale": 0.1},
+        (87550638, 1324974),
+        10,
+    ),
+    "prompt_clip_k400": Published(
+        "prompt_clip",
+        OWN_CLIP_B,
+        K400,
+        16,
+        1,
+        (5, 1),
+        PROMPT_LR,
+        {"temporal_layers": 2},
+        (155973121, 6352384),
+        0,
+        THINNED,
+    ),
+    "prompt_clip_hmdb51": Published(
+        "prompt_clip",
+        OWN_CLIP_B,
+        K400._replace(epochs=20),
+        16,
+        1,
+        (5, 1),
+        PROMPT_LR,
+        {"temporal_layers": 1},
+        (152820737, 3200000),
+        0,
+        THINNED,
+    ),
 }
 BY_NAME = pytest.mark.parametrize("name", PUBLISHED)
 
@@ -150,7 +261,8 @@ def test_settings_are_the_published_ones(name: str) -> None:
     assert {key: getattr(model.options, key) for key in row.options} == row.options
     assert data.lighting == (0.1 if name.startswith("aim_l14_k400") else 0.0)
     assert data.mix_prob * max(data.mixup_alpha, data.cutmix_alpha) == 0 and not any(data.color_jitter)
-    assert data.fraction == 1 and config.schedule.warmup_epochs == 2.5
+    assert data.fraction == 1 and config.schedule.warmup_epochs == row.warmup
+    assert (data.intervals, data.grayscale) == (row.intervals, row.grayscale)
     assert config.deepspeed["train_batch_size"] == 64 and config.deepspeed["gradient_clipping"] == 0
 
 
@@ -168,7 +280,8 @@ def test_model_has_the_published_size(name: str) -> None:
 
 def build_on_meta(config: Config) -> torch.nn.Module:
     with torch.device("meta"):
-        tower = load_image_tower(config.model.name, "none", normalisation=config.model.normalisation)
+        model = config.model
+        tower = load_tower(model.method, model.name, "none", normalisation=model.normalisation, options=model.options)
         classes, frames = CLASSES[config.data.shards], config.data.num_frames
         return create(config.model.method, tower, num_classes=classes, num_frames=frames, options=config.model.options)
 
@@ -176,7 +289,7 @@ def build_on_meta(config: Config) -> torch.nn.Module:
 @BY_NAME
 def test_recipe_says_what_it_is_and_how_to_start_it(name: str) -> None:
     lines = (RECIPES / f"{name}.toml").read_text().splitlines()
-    header = "\n".join(line for line in lines if line.startswith("#"))
+    header = " ".join(line.removeprefix("#").strip() for line in lines if line.startswith("#"))
     config = load_config(name)
     assert "needs" in lines[0] and config.data.shards in lines[0] and "weights" in lines[0]
     assert f"deepspeed train/main.py --recipe {name}" in header

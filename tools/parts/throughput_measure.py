@@ -214,6 +214,23 @@ def measure_model(rig: Rig, source: Source, seconds: float) -> Phase:
     return _measure(rig, _whole_steps(rig, source), seconds, None)
 
 
+def measure_inference(rig: Rig, source: Source, seconds: float) -> Phase:
+    """Answers for input that lies on the device, as an evaluation computes them."""
+    model = rig.job.model
+
+    @torch.no_grad()
+    def answer(stages: Stages) -> int:
+        batch = source(stages)
+        model(batch.frames)
+        return len(batch.plans)
+
+    model.eval()
+    try:
+        return _measure(rig, answer, seconds, None)
+    finally:
+        model.train()
+
+
 def measure_whole(rig: Rig, loader: ClipLoader, seconds: float) -> Phase:
     """Steps as the trainer takes them."""
     return _measure(rig, _whole_steps(rig, rig.from_loader(loader)), seconds, loader)
