@@ -26,12 +26,18 @@ def class_attention(model: VideoModel, clips: Tensor, block: int) -> Tensor:
     """
     layer = _block(model, block)
     inputs: list[Tensor] = []
-    # Some blocks normalise with it for their attention over time too: the last call is the one before space.
-    handle = layer.ln_1.register_forward_hook(lambda module, given, output: inputs.append(output))
+    over_space = layer.attn.over_space
+
+    def recorded(x_BTND: Tensor) -> Tensor:
+        inputs.append(x_BTND)
+        attended: Tensor = over_space(x_BTND)
+        return attended
+
+    layer.attn.over_space = recorded
     try:
         model(clips)
     finally:
-        handle.remove()
+        del layer.attn.over_space  # the class has it
     q, k = layer.attn.queries_keys(inputs[-1])
     scores = torch.einsum("mhk,mnhk->mhn", q[:, 0].float(), k.float()) * q.shape[-1] ** -0.5
     return scores.softmax(-1).mean(1).unflatten(0, inputs[-1].shape[:2])
@@ -66,6 +72,6 @@ def _block(model: VideoModel, block: int) -> Any:
 
 
 def _require_class_token(model: VideoModel) -> ViTGeometry:
-    if not isinstance(model.geometry, ViTGeometry):
-        raise ValueError("attention maps are drawn of the class token, and a Swin transformer has none")
+    if not isinstance(model.geometry, ViTGeometry) or not hasattr(model.backbone, "class_embedding"):
+        raise ValueError("attention maps are drawn of the class token, and this model has none (Swin, VideoMAE)")
     return model.geometry

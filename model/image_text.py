@@ -9,8 +9,8 @@ model answers for any classes (`name_classes`).
 
 Frame features may be given instead of clips, of a feature set or kept by `speed.cache_gb`. The image model runs without
 autograd and leaves nothing for the backward pass. In evaluation the classes are encoded once and not again before
-something changes; in training every step encodes them: that is what it costs (of ViT-B/16 about 1.5 GMAC forward for a
-class of 38 places, as much as a tenth of a frame).
+something changes; in training every micro-batch encodes them. That is what it costs: of ViT-B/16 1.5 GMAC forward for a
+class of 37 places, a twelfth of a frame; with 400 classes twice as much as 16 frames. None of it has run on a GPU yet.
 
 Legend of shapes: B clips, T frames, H, W pixels, C classes, E width of the space that images share with texts (of an
 image model without such a space its own width).

@@ -71,7 +71,7 @@ def load_image_tower(name: str, pretrained: str, *, text_tower: bool = False) ->
     geometry = _geometry(name, pretrained)
     if text_tower:
         geometry = _with_texts(name, geometry)
-    if pretrained == RANDOM_WEIGHTS and not text_tower:
+    if pretrained == RANDOM_WEIGHTS:
         return ImageTower(geometry, {})
     model = load_clip(name, pretrained)
     projection = getattr(model.visual, "proj", None)

@@ -36,11 +36,12 @@ def _part(name: str) -> str:
     """The kind of part that a parameter belongs to; blocks and stages of one kind are one.
 
     `backbone.transformer.resblocks.3.attn.out_proj.weight` → `resblocks.*.attn`,
-    `backbone.layers.2.blocks.5.mlp.fc1.weight` → `layers.*.blocks.*.mlp`.
+    `backbone.layers.2.blocks.5.mlp.fc1.weight` → `layers.*.blocks.*.mlp`,
+    `backbone.text.transformer.resblocks.3.ln_1.weight` → `text.resblocks.*.ln_1`.
     """
     words = name.removeprefix(f"{BACKBONE}.").split(".")
     stacks = [at for at, word in enumerate(words) if word in _STACKS and words[at + 1].isdecimal()]
     if not stacks:
         return words[0]
-    kind = ["*" if word.isdecimal() else word for word in words[stacks[0] :]]
-    return ".".join(kind[: stacks[-1] - stacks[0] + 3])
+    kind = ["*" if word.isdecimal() else word for word in words[: stacks[-1] + 3]]
+    return ".".join(word for word in kind if word != "transformer")

@@ -36,10 +36,21 @@ from model.backbone import NORMALISATIONS
 from model.geometry import CLIPGeometry, ImageTower
 from model.image_text import ImageTextEncoder, ImageTextModel, clip_weights
 from model.method import Method
-from model.official import CLIP_MARK, HEAD_WIDTH, Format, Reading, Shapes, read_clip_vit, reading, shape_of
+from model.official import (
+    CLIP_MARK,
+    HEAD_WIDTH,
+    Format,
+    Reading,
+    Shapes,
+    official_name,
+    read_clip_vit,
+    reading,
+    shape_of,
+)
 from model.text import EPS, SLOT, Prompts, Sequences, check_template
 from model.video import load_tower_weights
 
+PUBLISHED_FRAMES = 16
 START_STD = 0.01
 """Of the table and the temporal embedding before training."""
 NO_CHANCE = -1e4
@@ -200,7 +211,12 @@ def _read(entry: Format, shapes: Shapes) -> Reading:
     _, shared = shape_of(entry, shapes, "backbone.proj", 2)
     vocabulary, width = shape_of(entry, shapes, "backbone.text.token_embedding.weight", 2)
     context, _ = shape_of(entry, shapes, "backbone.text.positional_embedding", 2)
-    frames, _ = shape_of(entry, shapes, "backbone.temporalEmbedding.weight", 2)
+    layers, when = _layers(shapes, "backbone.temporalModelling"), "backbone.temporalEmbedding.weight"
+    if when in shapes and not layers:
+        raise ValueError(
+            f"{official_name(entry, when)} is there and no temporalModelling, without which nothing reads it; remove it"
+        )
+    frames = shape_of(entry, shapes, when, 2)[0] if layers else PUBLISHED_FRAMES
     if width % HEAD_WIDTH:
         raise ValueError(
             f"the texts' width {width} is no multiple of {HEAD_WIDTH}, the width of a head in {entry.name}"
@@ -216,8 +232,9 @@ def _read(entry: Format, shapes: Shapes) -> Reading:
     )
     assumed: dict[str, Any] = {"heads": geometry.heads, "text_heads": geometry.text_heads, "quick_gelu": True}
     assumed |= {name: getattr(published, name) for name in ("prefix", "postfix", "temperature")}
-    options = {"temporal_layers": _layers(shapes, "backbone.temporalModelling")}
-    return reading(entry, shapes, geometry, frames, options, assumed)
+    if not layers:
+        assumed["num_frames"] = frames
+    return reading(entry, shapes, geometry, frames, {"temporal_layers": layers}, assumed)
 
 
 def _layers(shapes: Shapes, stack: str) -> int:
@@ -239,7 +256,7 @@ METHODS = (
                 summary="Efficient-Prompt (PromptCLIP) on CLIP's ViT",
                 family="efficient_prompt",
                 method="prompt_clip",
-                marks=(CLIP_MARK, r"^clipmodel\.visual\.", r"^temporalModelling\."),
+                marks=(CLIP_MARK, r"^clipmodel\.visual\.", r"^embedding\.weight$"),
                 read=_read,
                 holds=lambda description: description["method"] == "prompt_clip",
                 outside={

@@ -225,7 +225,7 @@ class SideMLP(nn.Module):
 
 def _read(entry: Format, shapes: Shapes) -> Reading:
     """How wide the side network is, beside the image model; no tensor shows how many frames a clip has."""
-    geometry = read_clip_vit(entry, shapes)
+    geometry = read_clip_vit(entry, shapes, "openai_clip")
     side_width, _, _, _, _ = shape_of(entry, shapes, "backbone.side_conv1.weight", 5)
     assumed = {"heads": geometry.heads, "quick_gelu": geometry.quick_gelu, "num_frames": PUBLISHED_FRAMES}
     return reading(entry, shapes, geometry, PUBLISHED_FRAMES, {"side_width": side_width}, assumed)

@@ -124,7 +124,8 @@ def test_batch_norm_is_torchs_in_training_and_after() -> None:
 
 
 def test_batch_norm_takes_all_processes_together(tmp_path: Path) -> None:
-    """Each has half of the clips; outputs, gradients and running statistics are those of one process with all."""
+    """Each has half of the clips; outputs, gradients and running statistics are those of one process with all, compiled
+    or not."""
     mp.spawn(_half_of_a_batch, args=(tmp_path,), nprocs=2)
     halves = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     x, layer = _clips().requires_grad_(), BatchNorm(6, affine=False)
@@ -148,5 +149,9 @@ def _half_of_a_batch(rank: int, folder: Path) -> None:
     y = layer(x)
     y.pow(3).sum().backward()
     kept = {"y": y.detach(), "gradient": x.grad, "mean": layer.running_mean, "var": layer.running_var}
+    again = x.detach().clone().requires_grad_()
+    compiled = torch.compile(BatchNorm(6, affine=False), fullgraph=True, backend="eager")
+    compiled(again).pow(3).sum().backward()
+    torch.testing.assert_close(again.grad, x.grad)
     torch.save(kept, folder / f"{rank}.pt")
     dist.destroy_process_group()

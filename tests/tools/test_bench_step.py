@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.methods.aim import AIM
 from model.speed import ALL_BLOCKS, SpeedOptions
-from tests.shell import shell_environment
+from tests.shell import call_program, shell_environment
 from tools import bench_step
 from tools.bench_step import (
     BASELINE,
@@ -79,7 +79,7 @@ def test_a_run_ends_with_one_line_of_json_behind_a_table(tmp_path: Path) -> None
 
 
 def test_an_unknown_variant_is_one_line() -> None:
-    run = bench("--variants", "ours+warp")
+    run = call_program(bench_step.main, "--variants", "ours+warp")
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert run.stderr.startswith("error: --variants ours+warp: allowed are paper, paper+amp, and ours")
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from pipelines.encode import FrameChoice, encode_video
 from pipelines.plan import ClipOptions
 from pipelines.shards import Sample
+from tests.shell import call_program
 from tests.videos import read_number, write_noise, write_video
 from tools import estimate_profile
 from tools.estimate_profile import (
@@ -26,8 +26,6 @@ from tools.estimate_profile import (
     store,
     stored_squares,
 )
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def stored(tmp_path: Path, source: Path, profile: str, fps: str = "source", quality: int = 90) -> Sample:
@@ -183,8 +181,7 @@ def test_choice_of_videos(tmp_path: Path) -> None:
 
 
 def estimate(*args: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/estimate_profile.py"), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+    return call_program(estimate_profile.main, *args)
 
 
 def test_table_json_and_videos_left_out(tmp_path: Path) -> None:

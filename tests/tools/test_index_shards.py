@@ -11,17 +11,15 @@ import pytest
 import webdataset
 
 from pipelines.shards import ShardSet
+from tests.shell import call_program
 from tests.train.runs import metrics, run_here
 from tests.videos import write_video
 from tests.web import serve
 from tools.index_shards import list_tars, main, split_tars
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def index_shards(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/index_shards.py"), *map(str, arguments), "--workers", "1"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd="/")
+    return call_program(main, *arguments, "--workers", "1")
 
 
 def write_shards(folder: Path, video: bytes, name: str = "train-%06d.tar", count: int = 12) -> list[Path]:

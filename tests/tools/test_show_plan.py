@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.shell import call_program
 from tools.show_plan import dense_clips, main, uniform_clip
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def show(capsys: pytest.CaptureFixture[str], *arguments: str) -> object:
@@ -112,7 +109,6 @@ def test_learning_rate_is_that_of_the_official_log(capsys: pytest.CaptureFixture
     ],
 )
 def test_bad_input_is_one_line(arguments: str, said: str) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "show_plan.py"), *arguments.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = call_program(main, *arguments.split())
     assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert done.stdout == ""

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from pipelines.augment import CLIP_MEAN
 from tests.sets import make_set
+from tests.shell import call_program
 from tests.videos import read_number
-from tools.view_clips import filmstrips
-
-ROOT = Path(__file__).resolve().parents[2]
+from tools.view_clips import filmstrips, main
 
 
 def view(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/view_clips.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return call_program(main, *arguments)
 
 
 def test_the_sheet_holds_the_frames_of_the_evaluation_view(tmp_path: Path) -> None:
@@ -92,11 +90,11 @@ def test_mistakes_end_in_one_line(tmp_path: Path) -> None:
         assert not (tmp_path / "x.png").exists()
 
 
-def test_a_set_without_a_good_clip_is_said(tmp_path: Path) -> None:
+def test_a_set_without_a_good_clip_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = make_set(tmp_path / "set", [8, 8])
     shard = folder / "train-000000.tar"
     shard.write_bytes(bytes(shard.stat().st_size))
     done = view(str(folder), "--eval", "--split", "train", "--size", "48", "--out", str(tmp_path / "x.png"))
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "checksum differs" in done.stderr and "none of the 2 clips" in done.stderr.splitlines()[-1]
+    assert "checksum differs" in caplog.text and "none of the 2 clips" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "x.png").exists()

@@ -15,7 +15,7 @@ from tools.run_ablation import ABLATIONS, Row, plan_runs, read_ablation
 from train.config import Config
 from train.resolve import RECIPES, load_config
 
-OWN = ("demo", "demo_baseline", "my_videos")  # ours, so nothing is published of them
+OWN = ("demo", "demo_baseline", "my_videos", "zero_shot")  # ours, so nothing is published of them
 CLASSES = {
     **{"data/k400": 400, "data/k700": 700, "data/ssv2": 174, "data/diving48": 48},
     **{"data/k400_features": 400, "data/hmdb51_features": 51},

@@ -219,10 +219,6 @@ OTHERS_K400 = PublishedTable(
         Published(
             *("Side4Video", "ViT-B/16", "CLIP", "8x3x4", None, None, None, 83.6, None), Rebuilt("side4video", CLIP_B)
         ),
-        Published(
-            *("PromptCLIP A7", "ViT-B/16", "CLIP", "16x5x1", None, None, None, 76.8, 93.5),
-            Rebuilt("prompt_clip", CLIP_B),
-        ),
     ),
 )
 

@@ -87,6 +87,7 @@ def test_sizes_are_read_off_the_tensors(arguments: dict[str, Any], options: dict
     assert {name: read["options"][name] for name in options} == options
     assert read["num_frames"] == (arguments.get("frames", 4) or 8)
     assert read["geometry"]["image_size"] == arguments.get("grid", 2) * arguments.get("patch", 16)
+    assert read["geometry"]["mean"] == (0.48145466, 0.4578275, 0.40821073)
     assert format_of(read).name == "evl"
 
 

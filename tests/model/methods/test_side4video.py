@@ -151,6 +151,7 @@ def test_a_published_file_of_another_size_is_read_with_its_statistics(tmp_path: 
     assert [name for name, _ in converted.dropped] == [counter] and "steps" in converted.dropped[0][1]
     read = converted.description
     assert read["options"] == {"side_width": 128, "head_dropout": 0.0} and read["geometry"]["image_size"] == 42
+    assert read["geometry"]["mean"] == (0.48145466, 0.4578275, 0.40821073)
     write_folder(converted, tmp_path / "side")
     loaded = model.load(tmp_path / "side", num_frames=2)
     mean = filled(shapes)["visual.transformer.side_transformer.2.bn_1.running_mean"]
