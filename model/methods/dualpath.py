@@ -18,7 +18,7 @@ within the frame. "published_code" is the official file, which differs: an adapt
 the temporal attention too, the positions are sines and cosines of the frame's number alone plus an embedding that
 trains, and the image model's own class and positional embeddings train. The paper does not say how the three parts of
 a fixed position share the width (here equally) nor where in the grid a token that covers two frames stands (here where
-its middle is).
+its middle is), and whether the image model's own positions stay: by default they do not (see `positions`).
 
 What differs from the official code on purpose: framesets are made here, on the device; dropout drops a hidden feature
 of an adapter in all of a clip's tokens, not in every token anew, so that masks belong to the data plan. The official
@@ -51,6 +51,7 @@ from model.vit import Block, ViT, initialise
 PUBLISHED_FRAMES = 16
 """The fewest that the official code takes; no tensor depends on the number."""
 _FORMS = ("paper", "published_code")
+_PLACES = ("instead", "added")
 _MOST_CELLS = 4  # along a side, as published
 _MOST_SPATIAL = 8
 _CANVAS = 16  # side of the published map of frame numbers, before it is resized to the tokens
@@ -72,6 +73,9 @@ class DualPathOptions:
     spatial_frames: int = 0
     """Frames of the spatial path, from the first on, equally far from each other; 0: the most, up to the published 8,
     for which that is so."""
+    positions: str = "instead"
+    """Of the paper's form: where the fixed positions of framesets go. "instead" of the image model's, as published; or
+    "added" to those, in their size, so that frozen attention finds what it was trained with."""
     antialias: bool = True
     """Whether frames are shrunk with a filter as wide as the shrinking, as torchvision does since 0.17."""
     adapter_dropout: float = 0.1
@@ -81,6 +85,9 @@ class DualPathOptions:
     def __post_init__(self) -> None:
         if self.form not in _FORMS:
             raise ValueError(f"model.form = {self.form!r}; allowed is {' or '.join(_FORMS)}")
+        places = _PLACES if self.form == "paper" else _PLACES[:1]
+        if self.positions not in places:
+            raise ValueError(f"model.positions = {self.positions!r} with this form; allowed is {' or '.join(places)}")
         for name in ("bottleneck", "grid", "spatial_frames"):
             if getattr(self, name) < 0:
                 raise ValueError(f"model.{name} = {getattr(self, name)}; allowed is 1 or more, or 0 for the published")
@@ -159,7 +166,7 @@ class DualPathViT(ViT):
         self.grid, self.framesets, self.spatial_frames = options.paths(frames)
         super().__init__(geometry, lambda _: DualBlock(geometry, options, self.framesets), None)
         width, code = geometry.width, options.form == "published_code"
-        self.antialias = options.antialias
+        self.antialias, self.adds_positions = options.antialias, options.positions == "added"
         scale, tokens = width**-0.5, geometry.num_tokens
         self.proj = nn.Parameter(scale * torch.randn(width, geometry.embed_dim)) if geometry.embed_dim else None
         self.spatial_positional_embedding = nn.Parameter(scale * torch.randn(tokens, width)) if code else None
@@ -195,6 +202,9 @@ class DualPathViT(ViT):
     def place(self) -> Tensor:
         """What is added to the tokens of the images [F, N, D]."""
         temporal = self.positions
+        if self.adds_positions:
+            own = self.positional_embedding.to(temporal.dtype)
+            temporal = own + temporal * (own.square().mean() / temporal.square().mean()).sqrt()
         if self.spatial_positional_embedding is not None:
             temporal = temporal + self.spatial_positional_embedding
         spatial = self.positional_embedding.to(temporal.dtype).expand(self.spatial_frames, -1, -1)

@@ -143,7 +143,10 @@ def test_rows_must_have_one_budget() -> None:
     assert common_budget(two_rows(*same), []) == {"epochs": 9, "clips_a_step": 32, "fraction": 1}
     assert common_budget(two_rows("schedule.epochs=5"), ["schedule.epochs=2"])["epochs"] == 2
     for setting, said in (
-        ("schedule.epochs=5", "row 'b' has the budget 5 epochs in steps of 32, and row 'a' has 9 epochs in steps of 32"),
+        (
+            "schedule.epochs=5",
+            "row 'b' has the budget 5 epochs in steps of 32, and row 'a' has 9 epochs in steps of 32",
+        ),
         ("ds.train_batch_size=16", "9 epochs in steps of 16"),
         ("data.fraction=0.5", "9 epochs of 50 % of the clips in steps of 32"),
     ):

@@ -88,7 +88,7 @@ def sees_order(config: Config, class_names: Sequence[str]) -> bool:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += SCATTER * torch.randn(parameter.shape, generator=generator)
+                parameter.add_(SCATTER * torch.randn(parameter.shape, generator=generator))
         before, after = model(clip), model(clip[:, torch.randperm(frames, generator=generator)])
     return bool((after - before).abs().max() > BLIND * before.std())
 

@@ -245,6 +245,16 @@ def test_every_token_of_the_papers_form_has_a_place_of_its_own() -> None:
     assert (first[..., :44] - second[..., :44]).abs().max() > 0.5
 
 
+def test_fixed_positions_may_be_added_to_the_image_models_in_their_size() -> None:
+    plain, added = (start(frames=8, grid=2, positions=where).backbone for where in ("instead", "added"))
+    own, code = plain.positional_embedding, plain.positions
+    torch.testing.assert_close(plain.place()[:2], code)
+    difference = (added.place()[:2] - own).detach()
+    torch.testing.assert_close(difference.square().mean(), own.square().mean())
+    torch.testing.assert_close(difference / difference.norm(), code / code.norm())
+    assert torch.equal(plain.place()[2:], added.place()[2:])
+
+
 @both_forms
 def test_clips_of_a_batch_do_not_meet(form: str) -> None:
     ours, batch = busy(form=form), clips(count=3)
@@ -333,6 +343,8 @@ def test_paths_by_the_number_of_frames(frames: int, paths: tuple[int, int, int])
     ("options", "message"),
     [
         ({"form": "code"}, "model.form = 'code'; allowed is paper or published_code"),
+        ({"positions": "own"}, "model.positions = 'own' with this form; allowed is instead or added"),
+        ({"form": CODE, "positions": "added"}, "model.positions = 'added' with this form; allowed is instead"),
         ({"grid": -1}, "model.grid = -1; allowed is 1 or more, or 0"),
         ({"grid": 4}, "model.grid = 4 needs 16, or a multiple, of data.num_frames, not 8"),
         ({"spatial_frames": 3}, "model.spatial_frames = 3; allowed is a divisor of data.num_frames = 8"),
