@@ -1,16 +1,18 @@
 """What training and answering cost with one recipe, and whether the order of frames counts: for comparing methods.
 
 `measure_alone` does it in a process of its own, so that its peak memory is that of this recipe and of nothing before.
+CUDA's side has not been run on a GPU.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing, redirect_stderr, redirect_stdout
+from contextlib import closing
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,8 +43,10 @@ def measure_alone(recipe: str, overrides: Sequence[str], seconds: float, log: Pa
 
 
 def _measure_into(recipe: str, overrides: Sequence[str], seconds: float, log: Path) -> dict[str, Any]:
-    with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        return measure(recipe, overrides, seconds)
+    with log.open("a", encoding="utf-8") as file:
+        for stream in (sys.stdout, sys.stderr):  # of this process and of the compilers that it starts
+            os.dup2(file.fileno(), stream.fileno())
+    return measure(recipe, overrides, seconds)
 
 
 def measure(recipe: str, overrides: Sequence[str], seconds: float) -> dict[str, Any]:
