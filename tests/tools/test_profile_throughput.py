@@ -191,7 +191,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "demoo"], "no such recipe: demoo; train/recipes has aim_b16"),
+        (["--recipe", "demoo"], "no such recipe: demoo; train/recipes has adaptformer"),
         (["--recipe", "demo", "--shards", "nowhere"], "nowhere"),
         (["--recipe", "demo", "--sweep", "threads,speed"], "allowed are threads, prefetch, batch"),
         (["--recipe", "demo", "--sweep", ","], "allowed are threads, prefetch, batch"),
