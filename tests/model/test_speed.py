@@ -20,6 +20,8 @@ from tests.towers import CLIP, tower_for
 
 CPU = torch.device("cpu")
 TRAINED = [name for name, entry in METHODS.items() if entry.trains]
+SAME_BLOCKS = ("finetuned", "frozen", "prompt_clip", "vpt")
+"""Methods whose blocks are those of others too."""
 
 
 def make(method: str = "aim", **options: Any) -> VideoModel:
@@ -71,7 +73,7 @@ def assert_same_step(ours: VideoModel, plain: VideoModel, tolerance: float) -> N
         )
 
 
-@pytest.mark.parametrize("method", [name for name in TRAINED if name not in ("frozen", "finetuned")])  # AIM's blocks
+@pytest.mark.parametrize("method", [name for name in TRAINED if name not in SAME_BLOCKS])
 def test_every_methods_block_compiles_whole_and_computes_the_same(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph break would be an error. All of the compiler runs but for the making of kernels, which takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))

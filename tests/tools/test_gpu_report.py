@@ -111,7 +111,7 @@ def test_a_part_that_takes_too_long_is_ended_and_may_write_what_it_has(tmp_path:
         f"except KeyboardInterrupt: {write}"
     )
     started = time.monotonic()
-    slow = run_part(python(tmp_path, "slow", code, limit=4.0), tmp_path / "log", time.monotonic() + 60)
+    slow = run_part(python(tmp_path, "slow", code, limit=2.0), tmp_path / "log", time.monotonic() + 60)
     assert time.monotonic() - started < 20
     assert (slow.status, slow.result, slow.said[0][:11]) == ("timed out", {"so": "far"}, "waiting for")
     child = Path(f"/proc/{slow.said[0].split()[-1]}/stat")
