@@ -23,11 +23,10 @@ from train.config import Batch, Config
 from train.engine import Engine, World
 from train.evaluate import evaluate
 from train.metrics import MetricsLog, eval_line, train_line
+from train.run_folder import PREDICTIONS
 from train.schedule import crosses, learning_rate
 from train.stem_cache import StemCache
 from train.step import Step
-
-PREDICTIONS = "predictions.npz"
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from pipelines.shards import write_durably
 from train.clock import Pace
+from train.run_folder import METRICS
 
 
 class MetricsLog:
     """Appends to the logs of a run that stands at `step`; what an earlier process wrote of later steps is removed."""
 
     def __init__(self, out: Path, step: int) -> None:
-        path = out / "metrics.jsonl"
+        path = out / METRICS
         if path.exists():
             write_durably(path, "".join(_lines_up_to(path, step)).encode())
         self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time

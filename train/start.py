@@ -37,6 +37,7 @@ from train.feature_sets import check_feature_set
 from train.loop import Job, train
 from train.metrics import MetricsLog
 from train.resolve import ROOT
+from train.run_folder import RUN
 from train.stem_cache import StemCache
 
 LOCK = ".lock"  # in the run's folder
@@ -271,7 +272,7 @@ def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequen
         "git": _git_commit(),
     }
     out.mkdir(parents=True, exist_ok=True)
-    write_durably(out / "run.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
+    write_durably(out / RUN, (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _git_commit() -> str | None:
