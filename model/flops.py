@@ -77,7 +77,7 @@ def count_cost(model: VideoModel, clips: int = 1, dtype: torch.dtype = torch.bfl
 
 _BF16, _FP16, _FP8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
 _HOPPER = {_BF16: 989e12, _FP16: 989e12, _FP8: 1979e12}
-_PEAKS: dict[str, dict[torch.dtype, float]] = {
+GPU_PEAKS: dict[str, dict[torch.dtype, float]] = {
     "H200": _HOPPER,
     "H100 80GB HBM3": _HOPPER,
     "H100 PCIe": {_BF16: 756e12, _FP16: 756e12, _FP8: 1513e12},
@@ -93,17 +93,20 @@ _OTHER_FORMS = ("NVL", "MIG", "D", "Laptop")  # of GPUs so called, with peaks of
 
 
 def device_peak(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Operations a second (2 a multiply-add) that the maker states for products of matrices in `dtype`; None for CPUs,
-    GPUs that are not listed, and dtypes without tensor cores or a stated number.
+    """`gpu_peak` of the GPU at hand; None for CPUs."""
+    return gpu_peak(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
+
+
+def gpu_peak(gpu: str, dtype: torch.dtype) -> float | None:
+    """Operations a second (2 a multiply-add) that the maker states for products of matrices in `dtype` on a GPU of that
+    name; None for GPUs that are not listed, and dtypes without tensor cores or a stated number.
 
     From NVIDIA's data sheets: tensor cores, without sparsity, accumulating in float32. No real work reaches it.
     """
-    if device.type != "cuda":
-        return None
-    name = f" {torch.cuda.get_device_name(device).replace('-', ' ')} "
+    name = f" {gpu.replace('-', ' ')} "
     if any(f" {form} " in name for form in _OTHER_FORMS):
         return None
-    return next((peaks.get(dtype) for words, peaks in _PEAKS.items() if f" {words} " in name), None)
+    return next((peaks.get(dtype) for words, peaks in GPU_PEAKS.items() if f" {words} " in name), None)
 
 
 class WithoutData(TorchDispatchMode):
