@@ -12,8 +12,8 @@ somebody published names its samples, in a file:
     {"episodes": [{"classes": ["dive", …], "train": [KEY, …], "test": [KEY, …]}, …]}
 
 A KEY is a sample's, with or without the number that the packer puts before a video's name; without "test", all samples
-of these classes are. It costs a look at every sample's entry in the index, seconds for the 240,000 samples of
-Kinetics-400; of a remote set, every shard is fetched for it. A whole set costs nothing.
+of these classes are. It costs a look at every sample's entry in the index; of a remote set,
+every shard is fetched for it. A whole set costs nothing.
 """
 
 from __future__ import annotations

@@ -210,6 +210,26 @@ def test_no_file_hides_a_standard_module() -> None:
     assert [str(p) for p in paths if p.stem in sys.stdlib_module_names] == []
 
 
+def test_every_program_starts_as_a_script_from_anywhere(tmp_path: Path) -> None:
+    """With its own folder first on sys.path, as Python starts a script; in one process, for torch is slow to import."""
+    programs = [ROOT / "train" / "main.py", *sorted((ROOT / "tools").glob("*.py"))]
+    code = f"""
+import contextlib, io, runpy, sys
+for path in {[str(path) for path in programs]!r}:
+    sys.path[0], sys.argv, shown = path.rpartition("/")[0], [path, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(shown):
+            runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        assert end.code in (0, None) and shown.getvalue().startswith("usage: "), (path, end.code, shown.getvalue())
+        assert sys.path[0] == {str(ROOT)!r}, f"{{path}} leaves its own folder on sys.path"
+    else:
+        raise AssertionError(path)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_no_text_names_a_path_of_the_machine_it_was_written_on() -> None:
     culprit = re.compile(rb"(?<![\w.}-])/wor[k]/")  # the brackets keep this line from naming it
     contents = {path: (ROOT / path).read_bytes() for path in project_files()}

@@ -48,6 +48,7 @@ from tools.parts.method_cost import measure_alone
 from tools.run_ablation import (
     Ablation,
     Run,
+    accuracy_cells,
     make_table,
     motion_set,
     notes,
@@ -58,6 +59,7 @@ from tools.run_ablation import (
     read_ablation,
     read_fingerprint,
     train_all,
+    write_table,
 )
 from train.resolve import load_config
 
@@ -93,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "quick": arguments.quick,
         "shards_fingerprint": fingerprint,
     }
-    write_table(out / NAME, table)
+    write_table(out / NAME, table, markdown, draw)
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed and are not in the table: {'; '.join(failed)}")
     return 0
@@ -162,15 +164,6 @@ def _measure(run: Run, seconds: float, log: Path) -> dict[str, Any]:
         raise ValueError(f"row {run.row.name!r}: {error} (what it printed is in {log})") from error
 
 
-def write_table(stem: Path, table: Mapping[str, Any]) -> None:
-    """STEM.json, STEM.md and STEM.png; prints the table."""
-    text = markdown(table)
-    write_durably(stem.with_suffix(".json"), (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
-    write_durably(stem.with_suffix(".md"), text.encode())
-    draw(stem.with_suffix(".png"), table)
-    print(f"\n{text}\n{stem.with_suffix('.json')}   {stem.with_suffix('.md')}   {stem.with_suffix('.png')}", flush=True)
-
-
 def markdown(table: Mapping[str, Any]) -> str:
     """The table for people; accuracy in percent."""
     head = [
@@ -194,11 +187,7 @@ def markdown(table: Mapping[str, Any]) -> str:
 
 
 def _cells(row: Mapping[str, Any]) -> list[str]:
-    cost, result = row["cost"], row["top1"]
-    accuracy = ["–", "–"]
-    if result is not None:
-        spread = "" if result["std"] is None else f" ± {100 * result['std']:.1f}"
-        accuracy = [f"{100 * result['mean']:.1f}{spread}", f"{100 * result['min']:.1f}–{100 * result['max']:.1f}"]
+    cost = row["cost"]
     return [
         row["name"],
         "seen" if cost["sees_order"] else "blind",
@@ -209,7 +198,7 @@ def _cells(row: Mapping[str, Any]) -> list[str]:
         *(f"{cost['clips_per_s'][way]:.0f}" for way in ("training", "inference")),
         f"{cost['kept_bytes'] / MIB:.2f}",
         *(f"{(cost['peak_bytes'][way] - cost['held_bytes'][way]) / MIB:.0f}" for way in ("training", "inference")),
-        *accuracy,
+        *accuracy_cells(row["top1"]),
     ]
 
 

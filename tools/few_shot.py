@@ -12,8 +12,7 @@ Every episode is a training of its own by train/main.py's trainer, from the same
 finished one is known by its settings and the set's fingerprint and is not trained again: the same command goes on where
 it was stopped, with more --episodes too. OUT/runs/KEY keeps an episode's metrics.jsonl, predictions.npz and run.json,
 but not its weights; KEY.log what it printed. OUT/result.json and result.md hold the mean of the episodes' top-1 and its
-95 % interval (1.96 standard errors). On two CPU cores an episode of the demo's size takes seconds; looking for an
-episode's samples takes 5 s where there are 240,000.
+95 % interval (1.96 standard errors).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "quick": arguments.quick,
             "shards_fingerprint": fingerprint,
         }
-        write_table(out / ablation.name, table | facts)
+        write_table(out / ablation.name, table | facts, markdown, draw)
     if failed:
         raise ValueError(f"{len(failed)} of {len(runs)} runs failed and are not in the tables: {'; '.join(failed)}")
     return 0
@@ -357,13 +357,26 @@ def summarise(by_seed: Mapping[int, float]) -> dict[str, Any] | None:
     }
 
 
-def write_table(stem: Path, table: Mapping[str, Any]) -> None:
+def write_table(
+    stem: Path,
+    table: Mapping[str, Any],
+    markdown: Callable[[Mapping[str, Any]], str],
+    draw: Callable[[Path, Mapping[str, Any]], None],
+) -> None:
     """STEM.json, STEM.md and STEM.png; prints the table."""
     text = markdown(table)
     write_durably(stem.with_suffix(".json"), (json.dumps(table, indent=1, ensure_ascii=False) + "\n").encode())
     write_durably(stem.with_suffix(".md"), text.encode())
     draw(stem.with_suffix(".png"), table)
     print(f"\n{text}\n{stem.with_suffix('.json')}   {stem.with_suffix('.md')}   {stem.with_suffix('.png')}", flush=True)
+
+
+def accuracy_cells(result: Mapping[str, Any] | None) -> list[str]:
+    """What `summarise` found, in percent: mean ± deviation, and range."""
+    if result is None:
+        return ["–", "–"]
+    spread = "" if result["std"] is None else f" ± {100 * result['std']:.1f}"
+    return [f"{100 * result['mean']:.1f}{spread}", f"{100 * result['min']:.1f}–{100 * result['max']:.1f}"]
 
 
 def markdown(table: Mapping[str, Any]) -> str:
@@ -386,15 +399,13 @@ def markdown(table: Mapping[str, Any]) -> str:
         cells = [row["name"], *["–"] * 7]
         if row["top1"] is not None:
             result, paces = row["top1"], [pace for pace in row["clips_per_s"].values() if pace is not None]
-            spread = "" if result["std"] is None else f" ± {100 * result['std']:.1f}"
             each = [f"{100 * result['seeds'][seed]:.1f}" if seed in result["seeds"] else "–" for seed in seeds]
             cells[1:] = [
                 f"{row['parameters']['total']:,}",
                 f"{row['parameters']['trainable']:,}",
                 f"{row['training_clips']:,}",
                 f"{statistics.median(paces):.0f}" if paces else "–",
-                f"{100 * result['mean']:.1f}{spread}",
-                f"{100 * result['min']:.1f}–{100 * result['max']:.1f}",
+                *accuracy_cells(result),
                 ", ".join(each),
             ]
         lines.append(
