@@ -8,6 +8,7 @@ nvJPEG is, and what is not installed as pyproject.toml pins it: a program that f
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
@@ -40,6 +41,9 @@ LIBRARIES = {
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="where it is written too")
+    file: Path | None = parser.parse_args().file
     document = {
         "gpu": gpu(),
         "driver": driver(),
@@ -53,8 +57,8 @@ def main() -> None:
         "not_as_pinned": list(not_as_pinned()),
     }
     text = json.dumps(document, indent=1, ensure_ascii=False)
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text(text + "\n", encoding="utf-8")
+    if file is not None:
+        file.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

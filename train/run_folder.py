@@ -75,7 +75,7 @@ def read_answers(path: Path) -> Answers | None:
     if not file.is_file():
         return None
     try:
-        with np.load(file, allow_pickle=False) as stored:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             arrays: dict[str, NDArray[Any]] = {
                 name: stored[name] for name in ("keys", "classes", "logits", "labels", "valid")
             }
