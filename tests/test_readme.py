@@ -1,22 +1,28 @@
 """Every command in a fenced `bash` block of a README is run here, in order, or is named below with the reason why not.
 
 Commands run in a folder of their own that looks like a fresh clone with a few small videos in `videos/`. Those named in
-SMALLER get further arguments that shrink them; nothing else is changed.
+SMALLER get further arguments that shrink them; nothing else is changed. Python programs run within this process, for
+starting each anew would take minutes; that they start as scripts is tested in tests/test_project.py.
 """
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from tests.shell import shell_environment
+from model.methods import METHODS
+from tests.shell import call_program, shell_environment
 from tests.videos import write_video
+from train.resolve import DEEPSPEED_KEYS, SECTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = ("README.md", "pipelines/README.md", "model/README.md")
+READMES = ("README.md", *(f"{room}/README.md" for room in ("pipelines", "model", "train", "tools", "tests")))
 
 NOT_RUN = {
     "make demo": "its quick version is run by tests/tools/test_run_demo.py",
@@ -42,6 +48,17 @@ NOT_RUN = {
     "python tools/localise.py runs/prompts --features data/long --proposals proposals.json --truth truth.json --subset "
     "validation": "tests/tools/test_localise.py",
     "make test": "is what runs this test",
+    "make test 'ARGS=-k checkpoint'": "the same, of a part",
+    **dict.fromkeys(
+        (
+            "deepspeed --num_gpus 8 train/main.py --recipe aim_b16_k400",
+            "deepspeed --hostfile hostfile --master_addr node-0 train/main.py --recipe aim_b16_k400",
+            "deepspeed --hostfile hostfile --no_ssh --node_rank 0 --master_addr node-0 train/main.py --recipe "
+            "aim_b16_k400",
+        ),
+        "needs Kinetics-400 and GPUs; tests/train/test_loop.py starts two processes as two machines",
+    ),
+    "python tools/compare_runs.py runs/my_videos runs/prompts": "tests/tools/test_compare_runs.py",
     "make setup": "ran before this test could",
     "source .venv/bin/activate": "the tests already run inside that environment",
 }
@@ -88,22 +105,58 @@ def test_commands_are_found_and_tables_hold_nothing_else() -> None:
     assert not stale, stale
 
 
+def execute(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command in the working directory."""
+    if program == "python":
+        main = import_module(arguments[0].removesuffix(".py").replace("/", ".")).main
+        return call_program(main, *arguments[1:])
+    command = (program, *arguments)
+    return subprocess.run(command, env=shell_environment(), capture_output=True, text=True, check=False)
+
+
+def texts() -> Iterator[tuple[str, str]]:
+    """Name and text of every README."""
+    return ((name, (ROOT / name).read_text()) for name in READMES)
+
+
+def test_every_program_is_in_the_table_and_every_file_that_is_named_exists() -> None:
+    table = (ROOT / "tools/README.md").read_text()
+    programs = {path.name for path in (ROOT / "tools").glob("*.py")}
+    assert programs == set(re.findall(r"`python tools/(\w+\.py)", table))
+    for name, text in texts():
+        named = re.findall(r"`((?:pipelines|model|train|tools|tests)/[\w/.]+\.\w+)", text)
+        missing = [path for path in named if not (ROOT / path).exists()]
+        linked = re.findall(r"\]\(([^)#:]+)\)", text)
+        missing += [path for path in linked if not (ROOT / name).parent.joinpath(path).exists()]
+        assert not missing, f"{name} names {missing}"
+
+
+def test_every_key_that_is_named_exists() -> None:
+    options = {field for entry in METHODS.values() for field in vars(entry.options())}
+    keys = {f"{section}.{key}" for section, kind in SECTIONS.items() for key in vars(kind())}
+    keys |= {f"model.{key}" for key in options} | {f"ds.{key}" for key in DEEPSPEED_KEYS}
+    for name, text in texts():
+        named = set(re.findall(rf"(?<![\w./])(?:{'|'.join(SECTIONS)}|ds)\.[a-z_]+(?![\w/(.])", text))
+        files = {"model.backbone"} | {
+            f"{section}.{suffix}" for section in SECTIONS for suffix in ("py", "md", "load", "toml", "json")
+        }
+        assert named - keys <= files, f"{name} names {sorted(named - keys - files)}"
+
+
 @pytest.mark.timeout(600)
-def test_every_documented_command_works(tmp_path: Path) -> None:
+def test_every_documented_command_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("tools", "train", "model", "pipelines", "ds_config.json"):
         (tmp_path / name).symlink_to(ROOT / name)
     for i in range(12):
         folder = tmp_path / "videos" / ("jump" if i % 2 else "run")
         folder.mkdir(parents=True, exist_ok=True)
         write_video(folder / f"{i}.mp4", 20 + i)
-    environment = shell_environment()
+    monkeypatch.chdir(tmp_path)
     for command in everything():
         if command in NOT_RUN:
             continue
         whole = f"{command} {SMALLER.get(command, '')}".strip()
-        done = subprocess.run(
-            shlex.split(whole), cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        done = execute(*shlex.split(whole))
         assert done.returncode == 0, f"$ {whole}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     assert (tmp_path / "attention.png").is_file() and (tmp_path / "runs/my_videos/test/metrics.json").is_file()
     assert (tmp_path / "clips.png").is_file() and (tmp_path / "runs/my_videos/metrics.jsonl").is_file()
