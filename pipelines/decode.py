@@ -1,7 +1,8 @@
 """Requests to pixels: the bytes of a clip's wanted frames, decoded, cropped, resized and flipped.
 
 Each profile decodes no more than it must: `jpeg` the wanted frames alone, `h264` and `hevc` from each wanted frame's
-keyframe to it, `copy` the file up to the last wanted frame. A frame wanted twice is decoded once.
+keyframe to it, `copy` and `file` the file up to the last wanted frame, once for clips in a row that are of one video. A
+frame wanted twice is decoded once.
 
 On the CPU, DALI decodes JPEGs inside the crop box and FFmpeg (PyAV) the rest; OpenCV resizes straight into the place
 where the clip is wanted. Pixels of a box that shrinks to less than half are averaged, all others interpolated
@@ -17,6 +18,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import cv2
@@ -25,7 +28,7 @@ from numpy.typing import NDArray
 
 from pipelines.dali import Box, JpegCropper, JpegSlicer, VideoCropper, shrinks
 from pipelines.mp4 import wrap_packets
-from pipelines.read import ClipRequest, ShardReader
+from pipelines.read import FILE, ClipRequest, ShardReader
 from pipelines.video import Yuv420, file_frames, packet_frames, stored_planes, to_rgb
 
 IMAGES_A_RUN = 64  # of DALI: its 0.2 ms a run are then 1 % of the time
@@ -67,10 +70,12 @@ class ClipDecoder:
             return self._decode_on_gpu(requests, rows, self._croppers)
         if requests[0].profile == "jpeg":
             return self._decode_jpegs(requests, rows)
+        if requests[0].profile in ("copy", FILE):
+            return self._decode_files(requests, rows)
         failures = []
         for i, request in enumerate(requests):
             try:
-                self._decode_video(request, rows[i])
+                self._decode_packets(request, rows[i])
             except (ValueError, OSError) as error:
                 failures.append((i, _reason(error)))
         return failures
@@ -104,14 +109,39 @@ class ClipDecoder:
             _check_size(jpeg_size(data), request)  # before memory is taken for it
         return packets
 
-    def _decode_video(self, request: ClipRequest, row: NDArray[np.uint8]) -> None:
+    def _decode_files(self, requests: Sequence[ClipRequest], rows: Any) -> list[Failure]:
+        """Clips in a row that are of one video are decoded in one pass."""
+        failures: list[Failure] = []
+        same_video = attrgetter("shard", "packets", "width", "height")
+        for _, members in groupby(range(len(requests)), lambda i: same_video(requests[i])):
+            group = list(members)
+            reached = -1  # the last frame that came out
+            try:
+                for reached, frame in self._frames_of_file([requests[i] for i in group]):
+                    for i in group:
+                        self._write_if_wanted(reached, frame, requests[i], rows[i])
+            except (ValueError, OSError) as error:
+                failures += [(i, _reason(error)) for i in group if requests[i].wanted[-1] > reached]
+        return failures
+
+    def _frames_of_file(self, requests: Sequence[ClipRequest]) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Number and pixels of each frame that a clip of one video wants."""
+        first = requests[0]
+        packets = self._reader.packets(first.shard, first.packets)
+        source = first.shard if first.profile == FILE else bytes(packets[0])
+        wanted = sorted(set().union(*(request.wanted for request in requests)))
+        for number, frame in zip(wanted, file_frames(source, wanted, on_frame=self._on_progress), strict=True):
+            _check_size((frame.shape[1], frame.shape[0]), first)
+            yield number, frame
+
+    def _write_if_wanted(self, number: int, frame: NDArray[np.uint8], request: ClipRequest, row: Any) -> None:
+        if number in request.wanted:
+            left, top, width, height = request.box
+            _write(frame[top : top + height, left : left + width], request, request.wanted.index(number), row)
+
+    def _decode_packets(self, request: ClipRequest, row: NDArray[np.uint8]) -> None:
         packets = self._reader.packets(request.shard, request.packets)
         left, top, width, height = request.box
-        if request.profile == "copy":
-            for k, frame in enumerate(file_frames(bytes(packets[0]), request.wanted, on_frame=self._on_progress)):
-                _check_size((frame.shape[1], frame.shape[0]), request)
-                _write(frame[top : top + height, left : left + width], request, k, row)
-            return
         pictures = packet_frames(
             packets,
             request.extradata,

@@ -15,6 +15,8 @@ from pipelines.plan import ClipPlan
 from pipelines.shards import FEATURES, Sample, checksum
 
 MAX_OPEN_SHARDS = 128
+FILE = "file"
+"""The profile of videos that are not packed: each a whole file (see `files.py`)."""
 # Ranges no further apart than this are read at once. A read of 20 kB costs 1.8 µs, a byte of a gap 0.06 ns (both from
 # the page cache, where a gap of 16 to 32 kB costs as much as a second read; a slow disk fetches it ahead anyway).
 MERGED_GAP = 2**14
@@ -34,9 +36,10 @@ class ClipRequest:
     shard: Path
     packets: tuple[Packet, ...]
     """jpeg and features the wanted frames; h264 and hevc for each wanted frame all from its keyframe to it, each once;
-    copy the whole video member."""
+    copy the whole video member; file none: its decoder reads of the file what it needs."""
     wanted: tuple[int, ...]
-    """The distinct frames to decode, ascending: positions among `packets`, or for copy among the video's frames."""
+    """The distinct frames to decode, ascending: positions among `packets`, or for copy and file among the video's
+    frames."""
     order: tuple[int, ...]
     """T positions in `wanted`: which of them each frame of the clip is."""
     width: int
@@ -53,7 +56,9 @@ def request_clip(sample: Sample, plan: ClipPlan, profile: str) -> ClipRequest:
     frames = sorted(set(plan.stored))
     place = {frame: k for k, frame in enumerate(frames)}
     packets: tuple[Packet, ...]
-    if profile == "copy":
+    if profile == FILE:
+        packets, wanted = (), tuple(frames)
+    elif profile == "copy":
         packets, wanted = ((sample.video_offset, sample.video_bytes, sample.checksum),), tuple(frames)
     else:
         table = sample.frames

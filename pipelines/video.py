@@ -14,6 +14,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+from array import array
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ _DECODER_MARGIN = 128  # pixels a side that FFmpeg's decoders add to a frame for
 _BT601 = (2, 5, 6)  # AVColorSpace: not said, BT.470BG, SMPTE 170M
 _FALLBACK_FPS = 25.0  # for a single frame without a rate
 _EVERY_PACKET_A_FRAME = ("h264", "hevc")  # in mp4 and mkv; VP8 hides packets, MPEG-4 in AVI packs two frames in one
+_A_FRAME_A_PACKET = (*_EVERY_PACKET_A_FRAME, "vp9", "libdav1d")  # hidden frames share one with a shown one
 _STILL = Disposition.attached_pic | Disposition.timed_thumbnails | Disposition.still_image
 # Without these flags swscale's RGB is up to 2 too dark on average; with them it is exact to 0.5.
 _TO_RGB = (
@@ -123,7 +125,8 @@ class Reader:
         """Known once the first frame was decoded."""
         self.seconds = 0.0
         """Until the last frame so far ends."""
-        self.num_frames = 0
+        self.times = array("d")
+        """When each frame so far appears, in seconds from the first one; increasing."""
         # AVI has a time for every packet but not for the frame in it: shown in another order, frames would jump about.
         self._timed_in_file_order = container.format.name == "avi" and self.codec in _EVERY_PACKET_A_FRAME
 
@@ -132,9 +135,23 @@ class Reader:
         return self._stream.codec_context.name
 
     @property
+    def num_frames(self) -> int:
+        """So far."""
+        return len(self.times)
+
+    @property
+    def has_a_frame_a_packet(self) -> bool:
+        """Whether `skim` counts the frames that decoding gives."""
+        return self._in_a_file_with_an_index and self.codec in _A_FRAME_A_PACKET
+
+    @property
+    def _in_a_file_with_an_index(self) -> bool:
+        return self._container.format.name.startswith(("mov", "matroska"))
+
+    @property
     def fps(self) -> float:
         """Mean frames per second of the frames decoded so far."""
-        return self.num_frames / self.seconds if self.seconds > 0 else self._nominal_fps
+        return self.num_frames / self.seconds if self.seconds > 0 else self.nominal_fps
 
     @property
     def tick_seconds(self) -> float:
@@ -149,7 +166,7 @@ class Reader:
         _check_extent(self._stream, self._num_bytes)
         packet_pts: list[int] = []
         first_pts: int | None = None
-        clock = _Clock(1 / self._nominal_fps)
+        clock = _Clock(1 / self.nominal_fps)
         for picture in self._pictures(packet_pts):
             _check_size(picture.width, picture.height)
             if self.num_frames == 0:
@@ -157,7 +174,7 @@ class Reader:
                 self.orientation = _orientation(picture)
             time = packet_pts[self.num_frames] * self.tick_seconds if self._timed_in_file_order else picture.time
             last = clock.tick(time)
-            self.num_frames += 1
+            self.times.append(last)
             self._end_at(last)
             yield ShownFrame(self.num_frames - 1, last, picture)
         self._check_end(packet_pts, first_pts)
@@ -200,20 +217,21 @@ class Reader:
         self.orientation = _orientation(picture)
         # Players skip frames that refer to some before the first keyframe; an edit list begins anywhere.
         first_pts = min(packet_pts) if num_skipped else packet_pts[0]
-        shown = [pts for pts in packet_pts if pts >= first_pts]
-        self.num_frames = len(shown)
-        self._end_at((max(shown) - first_pts) * self.tick_seconds)
+        shown = sorted(pts for pts in packet_pts if pts >= first_pts)
+        self.times.extend((pts - first_pts) * self.tick_seconds for pts in shown)
+        self._end_at(self.times[-1])
         return self.orientation.upright_size(picture.width, picture.height)
 
     def _end_at(self, last: float) -> None:
         """Takes note of when the last frame so far appears, in seconds."""
-        self.seconds = last + (last / (self.num_frames - 1) if last > 0 else 1 / self._nominal_fps)
+        self.seconds = last + (last / (self.num_frames - 1) if last > 0 else 1 / self.nominal_fps)
         if self.num_frames > MAX_FRAMES or last > MAX_SECONDS:
             text = f"{self.num_frames} frames or more in {last:.0f} s; allowed are {MAX_FRAMES} in {MAX_SECONDS} s"
             raise VideoError("too_large", f"{text}: cut it into clips")
 
     @property
-    def _nominal_fps(self) -> float:
+    def nominal_fps(self) -> float:
+        """Frames per second as the file says before any is decoded."""
         return float(self._stream.average_rate or _FALLBACK_FPS)
 
     def _pictures(self, packet_pts: list[int]) -> Generator[av.VideoFrame]:
@@ -258,7 +276,7 @@ class Reader:
             return
         # Players skip the leading frames of a cut inside a group of pictures; those come before the first shown one.
         expected = sum(pts >= first_pts for pts in packet_pts)
-        if self._container.format.name.startswith(("mov", "matroska")) and self.num_frames < expected:
+        if self._in_a_file_with_an_index and self.num_frames < expected:
             raise VideoError("decode_error", f"only {self.num_frames} of {expected} frames decode")
 
 
@@ -330,17 +348,17 @@ def decode_file(data: bytes, wanted: Sequence[int]) -> NDArray[np.uint8]:
 
 
 def file_frames(
-    data: bytes, wanted: Sequence[int], *, on_frame: Callable[[], None] | None = None
+    source: Path | bytes, wanted: Sequence[int], *, on_frame: Callable[[], None] | None = None
 ) -> Iterator[NDArray[np.uint8]]:
-    """Decodes a whole video file up to the last wanted frame.
+    """Decodes a video file, or its bytes, up to the last wanted frame.
 
     `wanted` are frame numbers in display order, sorted, each once; `on_frame` is called after every frame decoded.
     Yields uint8 [H, W, 3], RGB, upright, perhaps strided; frames that change size in mid-stream are scaled to the
-    first one's. Raises VideoError, also for frames past the end.
+    first one's. Raises VideoError, also for frames past the end, and OSError where the file cannot be opened.
     """
     _check_wanted(wanted)
     found = 0
-    with open_video(data) as reader:
+    with open_video(source) as reader:
         size = None
         for frame in reader.frames():
             if on_frame is not None:

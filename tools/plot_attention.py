@@ -19,26 +19,21 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import matplotlib
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.attention_maps import class_attention, image_model, image_model_trains
-from model.video import VideoModel
 from pipelines.cli import run_cli
 from pipelines.decode import ClipDecoder
-from pipelines.encode import copy_video
+from pipelines.files import file_sample, probe
 from pipelines.plan import EVAL_EPOCH, ClipOptions, ClipPlan, Turn, plan_clip
-from pipelines.read import request_clip
-from pipelines.shards import Sample, checksum
+from pipelines.read import FILE, request_clip
 from tools.make_motion_videos import encode_mp4
-from tools.view_clips import filmstrips
+from train.looks import looks_of
+from train.pictures import filmstrips
 from train.trained import Trained, open_trained
 
-_HEAT = 0.55  # weight of the colours over the picture
 _PICTURES_A_FRAME = 15  # of the mp4, which has 30 a second
 
 
@@ -48,19 +43,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.video.is_file():
         raise FileNotFoundError(f"no such video file: {arguments.video}")
     trained = open_trained(arguments.checkpoint, arguments.set)
-    frozen = frozen_model(trained)
     size = trained.model.geometry.image_size
     frames, plan = read_clip(arguments.video, trained.config.data, size)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    clip = torch.from_numpy(frames)[None].to(device)
-    maps = [patch_maps(class_attention(model.to(device), clip, arguments.block)) for model in (frozen, trained.model)]
-    rows = [frames, *(overlay(frames, heat[0].cpu().numpy()) for heat in maps)]
+    (looks,) = looks_of(trained, frames[None], block=arguments.block, device=device)
+    rows = [looks.frames, looks.image_model, looks.trained]
     last = trained.model.geometry.layers - 1
     block = f"block {arguments.block % (last + 1)} of 0 to {last}"
     captions = [
         f"{arguments.video.name}, frames {' '.join(map(str, plan.frames))}",
         f"image model, {block}",
-        f"trained model, {block}{said(trained, clip)}",
+        f"trained model, {block}{said(trained, torch.from_numpy(frames)[None].to(device))}",
     ]
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     filmstrips(rows, captions).save(arguments.out)
@@ -93,64 +86,20 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def frozen_model(trained: Trained) -> VideoModel:
-    """The image model that a trained one was made from: the frozen part of it or, where all of it was trained, what the
-    run started from."""
-    source = trained.before_training() if image_model_trains(trained.model) else trained.model
-    if source is None:
-        raise ValueError(
-            f"all of {trained.folder} was trained, and a converted checkpoint does not say what it started from; give "
-            "the run, or a model with adapters"
-        )
-    return image_model(source)
-
-
 def read_clip(video: Path, options: ClipOptions, size: int) -> tuple[NDArray[np.uint8], ClipPlan]:
     """The middle clip of a video file as evaluation cuts and decodes it: uint8 RGB [T, size, size, 3], and its plan.
 
     Raises ValueError or OSError where it cannot be decoded.
     """
     try:
-        stored = copy_video(video)
+        sample = file_sample(video, probe(video))
     except ValueError as error:
         raise ValueError(f"{video}: {error}") from error
-    sample = Sample(
-        sample_id=0,
-        key=video.stem,
-        labels=(),
-        shard=video,
-        video_offset=0,
-        video_bytes=len(stored.data),
-        checksum=checksum(stored.data),
-        width=stored.width,
-        height=stored.height,
-        source_frames=stored.source_frames,
-        fps=stored.fps,
-        frames=stored.frames,
-        extradata=stored.extradata,
-    )
     plan = plan_clip(sample, Turn(0, EVAL_EPOCH), 0, dataclasses.replace(options, test_clips=1, test_crops=1))
     frames = np.empty((options.num_frames, size, size, 3), np.uint8)
-    for _, reason in ClipDecoder(size, options.num_frames).decode_into([request_clip(sample, plan, "copy")], [frames]):
+    for _, reason in ClipDecoder(size, options.num_frames).decode_into([request_clip(sample, plan, FILE)], [frames]):
         raise ValueError(f"{video}: {reason}")
     return frames, plan
-
-
-def patch_maps(attention_BTN: Tensor) -> Tensor:
-    """The class token's shares → the patches' alone, in their grid [B, T, G, G], from 0 to 1 over each clip."""
-    patches = attention_BTN[..., 1:]
-    side = round(patches.shape[-1] ** 0.5)
-    low, high = patches.amin((1, 2), keepdim=True), patches.amax((1, 2), keepdim=True)
-    scaled = (patches - low) / (high - low).clamp_min(torch.finfo(patches.dtype).tiny)
-    return scaled.unflatten(-1, (side, side))
-
-
-def overlay(frames: NDArray[np.uint8], heat: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Frames [T, S, S, 3] under the colours of maps [T, G, G] of values from 0 to 1, enlarged bilinearly."""
-    enlarged = F.interpolate(torch.from_numpy(heat)[:, None], frames.shape[1:3], mode="bilinear", align_corners=False)
-    colours = matplotlib.colormaps["turbo"](enlarged[:, 0].numpy())[..., :3]
-    mixed: NDArray[np.uint8] = np.round((1 - _HEAT) * frames + _HEAT * 255 * colours).astype(np.uint8)
-    return mixed
 
 
 def side_by_side(rows: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:

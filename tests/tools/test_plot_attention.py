@@ -15,7 +15,7 @@ from PIL import Image
 from pipelines.plan import ClipOptions
 from pipelines.video import open_video, to_rgb
 from tests.videos import read_number, write_video
-from tools.plot_attention import main, overlay, patch_maps, read_clip, side_by_side
+from tools.plot_attention import main, read_clip, side_by_side
 from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, save_checkpoint
 from train.config import Batch
@@ -117,20 +117,7 @@ def test_the_clip_is_the_middle_one_and_short_videos_wrap_around(tmp_path: Path)
         assert list(plan.frames) == expected == [read_number(frame) for frame in frames]
 
 
-def test_maps_are_scaled_over_the_clip_without_the_class_token() -> None:
-    shares = torch.tensor([[[0.9, 0.1, 0.2, 0.3, 0.4], [0.0, 0.2, 0.2, 0.2, 0.5]]])
-    maps = patch_maps(shares)
-    expected = [[[0, 0.25], [0.5, 0.75]], [[0.25, 0.25], [0.25, 1]]]
-    torch.testing.assert_close(maps, torch.tensor([expected]))
-    assert patch_maps(torch.full((1, 2, 5), 0.2)).tolist() == [[[[0.0] * 2] * 2] * 2], "even attention is no error"
-
-
-def test_overlay_is_hot_where_attention_is() -> None:
-    heat = np.zeros((1, 2, 2), np.float32)
-    heat[0, 0, 1] = 1
-    mixed = overlay(np.full((1, 32, 32, 3), 128, np.uint8), heat).astype(int)
-    assert mixed.shape == (1, 32, 32, 3)
-    assert mixed[0, 0, -1, 0] > mixed[0, 0, -1, 2] and mixed[0, -1, 0, 0] < mixed[0, 0, -1, 0]
+def test_the_three_rows_stand_side_by_side_in_the_video() -> None:
     strips = [np.full((2, 5, 5, 3), value, np.uint8) for value in (1, 2, 3)]
     assert side_by_side(strips).shape == (2, 6, 16, 3)
 
