@@ -20,10 +20,13 @@ from model.video import VideoModel
 
 @torch.no_grad()
 def class_attention(model: VideoModel, clips: Tensor, block: int) -> Tensor:
-    """What `forward` takes → float32 [B, T, N]: shares, of each frame 1 in all, the class token's own first.
+    """What `forward` takes → float32 [B, T, N]: shares, of each frame 1 in all, the class token's own first. Of a
+    method with further tokens (VPT's prompts) without their shares.
 
-    `block` counts from 0, or from -1 backwards. Raises ValueError for a model without class token or such a block.
+    `block` counts from 0, or from -1 backwards. Raises ValueError for a model without class token or such a block, and
+    for one whose frames do not each go through the blocks.
     """
+    geometry = _require_class_token(model)
     layer = _block(model, block)
     inputs: list[Tensor] = []
     over_space = layer.attn.over_space
@@ -38,9 +41,15 @@ def class_attention(model: VideoModel, clips: Tensor, block: int) -> Tensor:
         model(clips)
     finally:
         del layer.attn.over_space  # the class has it
+    if not inputs or inputs[-1].shape[:2] != clips.shape[:2]:
+        raise ValueError(
+            "attention maps are drawn of models that send each frame by itself through the image model's own blocks, "
+            "and this method does not (EVL, DualPath)"
+        )
     q, k = layer.attn.queries_keys(inputs[-1])
     scores = torch.einsum("mhk,mnhk->mhn", q[:, 0].float(), k.float()) * q.shape[-1] ** -0.5
-    return scores.softmax(-1).mean(1).unflatten(0, inputs[-1].shape[:2])
+    shares = scores.softmax(-1).mean(1).unflatten(0, inputs[-1].shape[:2])
+    return shares[..., : geometry.num_tokens]
 
 
 def image_model(model: VideoModel) -> VideoModel:
@@ -48,6 +57,11 @@ def image_model(model: VideoModel) -> VideoModel:
     geometry = _require_class_token(model)
     alone = create("frozen", ImageTower(geometry, {}), num_classes=None, num_frames=model.num_frames)
     own = model.backbone.state_dict()
+    missing = [name for name in alone.backbone.state_dict() if name not in own]
+    if missing:
+        raise ValueError(
+            f"attention maps are compared with the whole image model, and this method has no {missing[0]} (Side4Video)"
+        )
     alone.backbone.load_state_dict({name: own[name] for name in alone.backbone.state_dict()})
     return alone.eval()
 

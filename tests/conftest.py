@@ -9,8 +9,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure() -> None:
-    """Beside others a test process computes on one thread: more would wait for each other on the same cores."""
+    """Beside others a test process, and each that it starts, computes on one thread: more would wait for each other on
+    the same cores."""
     if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of which the trainer takes heed
         import torch
 
         torch.set_num_threads(1)

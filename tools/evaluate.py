@@ -16,17 +16,14 @@ has one label, confusion.csv (row: the truth, column: the answer) and confusion.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
 import re
 import sys
 import time
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +32,7 @@ if not __package__:
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; train/main.py says why
 
-import matplotlib
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from model.speed import SpeedOptions, speed_up
@@ -52,12 +46,12 @@ from train.engine import World, start_world
 from train.evaluate import AVERAGINGS, Evaluation, evaluate
 from train.feature_sets import check_feature_set
 from train.metrics import metrics_text
+from train.run_folder import PREDICTIONS
 from train.start import PACKAGES
+from train.tables import write_tables
 from train.trained import Trained, open_trained
 
 METRICS = "metrics.json"
-MOST_LABELLED = 400
-"""Classes whose names still stand beside the picture; cells of more would make it larger than people open."""
 LOSS_DIGITS = 5
 """What of a mean loss does not depend on the batch."""
 
@@ -214,83 +208,9 @@ def write_report(out: Path, result: Evaluation, shards: ShardSet, settings: dict
     metrics["loss"] = round(metrics["loss"], LOSS_DIGITS)
     plain = {name: None if math.isnan(value) else value for name, value in metrics.items()}
     write_durably(out / METRICS, (json.dumps(plain | settings, indent=1, ensure_ascii=False) + "\n").encode())
-    write_durably(out / "per_class.csv", as_csv(per_class(result, shards.classes)))
-    result.save(out / "predictions.npz", shards)
-    if not result.multi_label:
-        confusion = result.confusion()
-        rows = ([name, *counts] for name, counts in zip(shards.classes, confusion.tolist(), strict=True))
-        write_durably(out / "confusion.csv", as_csv([["", *shards.classes], *rows]))
-        write_durably(out / "confusion.png", draw_confusion(confusion, shards.classes))
+    write_tables(out, result, shards.classes)
+    result.save(out / PREDICTIONS, shards)
     return metrics
-
-
-def per_class(result: Evaluation, names: Sequence[str]) -> list[list[object]]:
-    """A heading and one row a class; cells of classes without samples are empty."""
-    samples = result.class_samples().tolist()
-    if result.multi_label:
-        precision = [f"{p:.6f}" if n else "" for p, n in zip(result.class_precision(), samples, strict=True)]
-        return [["class", "samples", "average_precision"], *map(list, zip(names, samples, precision, strict=True))]
-    confusion, accuracy = result.confusion(), result.class_accuracy()
-    wrong = confusion - np.diag(np.diagonal(confusion))
-    rows: list[list[object]] = [["class", "samples", "correct", "accuracy", "most_confused_with", "as_often"]]
-    for c, name in enumerate(names):
-        worst = int(wrong[c].argmax())
-        confused = [names[worst], int(wrong[c, worst])] if wrong[c, worst] else ["", ""]
-        shown = f"{accuracy[c]:.6f}" if samples[c] else ""
-        rows.append([name, samples[c], int(confusion[c, c]), shown, *confused])
-    return rows
-
-
-def as_csv(rows: Iterable[Sequence[object]]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()
-
-
-def draw_confusion(confusion: NDArray[np.int64], names: Sequence[str]) -> bytes:
-    """A PNG of the shares of each row, the names beside it up to `MOST_LABELLED` classes, and the counts in the cells
-    of small ones."""
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.colors import PowerNorm
-
-    count = len(names)
-    cell = 0.45 if count <= 20 else 0.2 if count <= 100 else 0.1 if count <= MOST_LABELLED else 40 / count  # inches
-    grid, size = max(cell * count, 2.2), min(9.0, 65 * cell)  # points: nine tenths of a cell
-    shown = [_label(name) for name in names] if count <= MOST_LABELLED else []
-    margin = 0.6 + 0.65 / 72 * size * max(map(len, shown), default=0)
-    width, height = margin + grid + 1.2, margin + grid + 0.2
-    figure = plt.figure(figsize=(width, height))
-    axes = figure.add_axes((margin / width, margin / height, grid / width, grid / height))
-    bar = figure.add_axes(((margin + grid + 0.2) / width, margin / height, 0.2 / width, min(grid, 6) / height))
-    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    # A mesh: scaling an image of this size to the picture's takes as long again as all the names.
-    image = axes.pcolormesh(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-    axes.invert_yaxis()
-    figure.colorbar(image, cax=bar, label="share of the class's samples")
-    axes.set(xlabel="answer", ylabel="truth")
-    if shown:
-        centres = np.arange(count) + 0.5
-        axes.set_xticks(centres, shown, rotation=90, fontsize=size, parse_math=False)
-        axes.set_yticks(centres, shown, fontsize=size, parse_math=False)
-    if count <= 20:
-        for row, column in zip(*np.nonzero(confusion), strict=True):
-            colour = "white" if shares[row, column] > 0.4 else "black"
-            axes.text(
-                column + 0.5, row + 0.5, str(confusion[row, column]), ha="center", va="center", color=colour, fontsize=8
-            )
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # names in scripts that the font does not have
-        figure.savefig(buffer, format="png", dpi=120)
-    plt.close(figure)
-    return buffer.getvalue()
-
-
-def _label(name: str) -> str:
-    """A class name on one line of bearable length."""
-    name = " ".join(name.split())
-    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def _episode(out: Path, base: Config, number: int, part: Mapping[str, Any], fing
     of_part = xxhash.xxh3_64_hexdigest(repr(config.data.part).encode())  # what a file says now, wherever it lies
     settings = dataclasses.replace(config, data=dataclasses.replace(config.data, episodes="", episode=0))
     key = run_key(settings, f"{fingerprint} {of_part}")
-    run = dataclasses.replace(base.run, out=str(out / "runs" / key))
+    run = dataclasses.replace(base.run, out=str(out / "runs" / key), report=False)
     return Episode(number, dataclasses.replace(config, run=run), key)
 
 
@@ -188,12 +188,15 @@ def _named(episode: Episode) -> str:
 
 def train(runs: Path, episode: Episode) -> None:
     """One episode by the trainer, which prints into KEY.log; its weights are removed."""
+    from train.control import Control
     from train.start import prepare
 
     config = episode.config
     batch = resolve_batch(config.deepspeed, int(os.environ.get("WORLD_SIZE", "1")), in_pairs=config.data.mixes)
     with (runs / f"{episode.key}.log").open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        prepare(config, batch, resume=True).run(["tools/few_shot.py", f"episode {episode.number}"])
+        command = ["tools/few_shot.py", f"episode {episode.number}"]
+        with Control() as control:
+            prepare(config, batch, resume=True).run(command, control)
     gc.collect()  # the engine and its model refer to each other
     if os.environ.get("RANK", "0") == "0":
         for checkpoint in (runs / episode.key).glob("checkpoint-*"):

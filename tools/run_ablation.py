@@ -285,7 +285,7 @@ def is_finished(folder: Path) -> bool:
 
 def train(folder: Path, run: Run) -> str | None:
     """Trains, or goes on with what was cut; what it prints goes to a file. Returns what went wrong, if anything did."""
-    overrides = (*run.overrides, f"run.out={json.dumps(str(folder / run.key))}")
+    overrides = (*run.overrides, f"run.out={json.dumps(str(folder / run.key))}", "run.report=false")
     command = [sys.executable, str(ROOT / "train/main.py"), "--recipe", run.row.recipe, "--resume"]
     command += [word for text in overrides for word in ("--set", text)]
     log = folder / f"{run.key}.log"

@@ -32,7 +32,7 @@ from pipelines.loader import ClipLoader
 from pipelines.plan import EVAL_EPOCH, Turn
 from pipelines.shards import ShardSet, write_durably
 from tools.make_motion_videos import PAIRS
-from tools.view_clips import filmstrips
+from train.pictures import filmstrips
 from train.resolve import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,7 @@ LADDER = {
 """Rung → what it is called, model.adapters."""
 MARKER = ".made-by-run_demo"
 QUICK_COUNTS = ("--train", "96", "--val", "32")
-QUICK_SETTINGS = ("schedule.epochs=3", "schedule.warmup_epochs=0.3", "train.log_every=1")
+QUICK_SETTINGS = ("schedule.epochs=3", "schedule.warmup_epochs=0.3", "train.log_every=1", "run.report=false")
 
 
 def main() -> None:

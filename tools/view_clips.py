@@ -20,7 +20,7 @@ if not __package__:
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from model.backbone import image_size
 from pipelines.augment import CLIP_MEAN, augment_clips, mix_clips
@@ -31,11 +31,8 @@ from pipelines.remote import open_set
 from pipelines.shards import ShardSet
 from train.config import Config
 from train.loss import soft_targets
+from train.pictures import filmstrips
 from train.resolve import load_config
-
-_CAPTION = 18  # pixels above each row
-_GAP = 4
-_SMALLEST_FRAME = 96  # smaller frames are enlarged, so that captions and people can be read
 
 
 def main() -> None:
@@ -122,21 +119,6 @@ def describe(plan: ClipPlan, shown: Sequence[int]) -> str:
     done += ["flipped"] * plan.flip + [f"{name} {amount:.2g}" if amount else name for name, amount in plan.ops]
     done += ["erased"] * (plan.erase is not None)
     return ", ".join(done)
-
-
-def filmstrips(clips: list[np.ndarray], captions: list[str]) -> Image.Image:
-    """Clips [T, H, W, 3] uint8 as rows of one picture, a caption above each."""
-    factor = max(1, -(-_SMALLEST_FRAME // clips[0].shape[1]))
-    clips = [clip.repeat(factor, 1).repeat(factor, 2) for clip in clips]
-    num_frames, height, width = clips[0].shape[:3]
-    sheet = Image.new("RGB", (num_frames * (width + _GAP), len(clips) * (height + _CAPTION + _GAP)), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=12)
-    for row, (clip, caption) in enumerate(zip(clips, captions, strict=True)):
-        top = row * (height + _CAPTION + _GAP)
-        draw.text((2, top + 2), caption, fill="black", font=font)
-        for column, frame in enumerate(clip):
-            sheet.paste(Image.fromarray(frame), (column * (width + _GAP), top + _CAPTION))
-    return sheet
 
 
 if __name__ == "__main__":

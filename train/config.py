@@ -189,6 +189,8 @@ class TrainConfig:
     """Optimizer steps; 0: only at the end."""
     keep: int = 2
     """Checkpoints that are kept, newest first."""
+    max_skipped_steps: int = 10
+    """Steps in a row that may be skipped because their gradients are no finite numbers; one more and the run stops."""
 
     def __post_init__(self) -> None:
         allow("train.label_smoothing", self.label_smoothing, 0 <= self.label_smoothing < 1, "0 <= share < 1")
@@ -198,6 +200,8 @@ class TrainConfig:
         at_end = self.checkpoint_every >= 0
         allow("train.checkpoint_every", self.checkpoint_every, at_end, "steps, or 0 for only at the end")
         allow("train.keep", self.keep, self.keep >= 1, "1 or more")
+        skips = self.max_skipped_steps >= 0
+        allow("train.max_skipped_steps", self.max_skipped_steps, skips, "steps, or 0 to stop at the first")
 
 
 @dataclass(frozen=True)
@@ -206,6 +210,8 @@ class RunConfig:
 
     out: str = ""
     """Folder of checkpoints, logs and predictions; empty: runs/<name of the recipe>."""
+    report: bool = True
+    """Write report.html at the end (see `report.py`)."""
     trace: bool = False
     """Write every rank's sample ids, frames, boxes, flips, augmentations and loss of every step to
     trace-<rank>.jsonl; slows down."""

@@ -134,7 +134,9 @@ class Engine:
         settings: OptimizerConfig,
         deepspeed_document: Mapping[str, Any],
         batch: Batch,
+        max_skipped: int = 10,
     ) -> None:
+        """After more than `max_skipped` steps in a row that had to be skipped, all later ones are."""
         import deepspeed
 
         model.to(world.device)
@@ -145,6 +147,15 @@ class Engine:
             eps=settings.eps,
             fused=True if world.device.type == "cuda" else None,
         )
+        if world.device.type == "cpu":
+            self.optimizer.register_step_pre_hook(self._leave_out)
+        self._max_skipped = max_skipped
+        self._trained = [p for p in model.parameters() if p.requires_grad]
+        self._statistics = list(model.extra_tensors().values())
+        self._before: list[Tensor] | None = None  # the statistics as they were when the step began
+        self._in_a_row = torch.zeros((), device=world.device)
+        self.skipped = torch.zeros((), device=world.device)
+        """Scalar float32: 1 if the last step was skipped, else 0."""
         document = {
             **deepspeed_document,
             "train_micro_batch_size_per_gpu": batch.micro,
@@ -158,6 +169,8 @@ class Engine:
 
     def __call__(self, frames: Tensor, masks: Mapping[str, Tensor]) -> Tensor:
         """Logits of a training micro-batch."""
+        if self._before is None:
+            self._before = [tensor.clone() for tensor in self._statistics]
         logits: Tensor = self._engine(frames, masks)
         return logits
 
@@ -167,17 +180,45 @@ class Engine:
         engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * engine.dp_world_size)
 
     def backward(self, loss: Tensor) -> None:
-        """The backward pass of a micro-batch."""
-        self._engine.backward(loss)
+        """The backward pass of a micro-batch.
+
+        A loss that is no finite number makes all gradients NaN, even where they could be computed; another is not
+        changed by the factor, which is 1 then.
+        """
+        self._engine.backward(loss * (1 + (loss - loss).detach()))
 
     def update(self, lr: float) -> None:
-        """Ends a micro-batch; after the last one of a step averages the gradients, clips, and steps the optimizer.
+        """Ends a micro-batch; after the last one of a step clips the averaged gradients and steps the optimizer.
 
-        `lr` is the head's; a group of parameters multiplies it by its own `lr_scale`.
+        `lr` is the head's; a group of parameters multiplies it by its own `lr_scale`. Where a gradient is no finite
+        number the step is skipped: weights, optimizer state and running statistics stay as they were.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
+        if self._engine.is_gradient_accumulation_boundary():
+            self._judge()
         self._engine.step()
+
+    def _judge(self) -> None:
+        """Has the step that ends skipped if it must be; on CUDA the device decides, and the host does not wait."""
+        found = torch.zeros_like(self.skipped)
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        # What GradScaler uses: one pass over the gradients, which the factor 1 leaves as they are.
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, torch.ones_like(found))
+        self.skipped = torch.maximum(found, (self._in_a_row > self._max_skipped).float())
+        self._in_a_row = (self._in_a_row + 1) * self.skipped
+        for now, before in zip(self._statistics, self._before or (), strict=True):
+            now.copy_(torch.where(self.skipped > 0, before, now))
+        self._before = None
+        if self.skipped.is_cuda:
+            self.optimizer.found_inf = self.skipped  # type: ignore[attr-defined]  # the fused AdamW looks at it
+
+    def _leave_out(self, *_: object) -> None:
+        """On the CPU, right before the optimizer's step, after clipping, which wants gradients: AdamW leaves alone what
+        has none."""
+        if self.skipped.item():
+            for parameter in self._trained:
+                parameter.grad = None
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

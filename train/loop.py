@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NoReturn
 
 from model.video import VideoModel
 from pipelines.loader import ClipBatch, ClipLoader, default_workers
@@ -20,11 +19,13 @@ from train.bad_samples import FILE_NAME, BadSamples
 from train.checkpoint import save_checkpoint
 from train.clock import Clock, Pace
 from train.config import Batch, Config
+from train.control import CUT_SHORT, Control
 from train.engine import Engine, World
 from train.evaluate import evaluate
 from train.metrics import MetricsLog, eval_line, train_line
 from train.run_folder import PREDICTIONS
 from train.schedule import crosses, learning_rate
+from train.skipped import Losses, Read
 from train.stem_cache import StemCache
 from train.step import Step
 
@@ -50,6 +51,10 @@ class Job:
     bad_samples: BadSamples
     cache: StemCache | None = None
     """What the frozen part of the model made of clips."""
+    control: Control = field(default_factory=Control)
+    """How the run is stopped before its end."""
+    skipped_before: int = 0
+    """Steps that were skipped before, see `Losses`."""
 
     @property
     def train_cache(self) -> StemCache | None:
@@ -100,8 +105,8 @@ def train(job: Job, log: MetricsLog | None) -> None:
     """Trains to the last step; rank 0 has a log.
 
     The host waits for the device only on steps that are logged (every one that saves or evaluates is), or traced, and
-    once after the warm-up.
-    Raises ValueError when the loss is no longer a finite number: nothing is saved then.
+    once after the warm-up. Raises `Stopped` when the run was asked to stop, after it was saved; ValueError when too
+    many steps in a row had to be skipped, after their state before them was.
     """
     config, world, device, batch = job.config, job.world, job.world.device, job.batch
     if job.start_step >= job.num_steps:
@@ -109,13 +114,15 @@ def train(job: Job, log: MetricsLog | None) -> None:
             print(f"this run is finished: all {job.num_steps} steps are done; for more, start another", flush=True)
         if not (job.out / PREDICTIONS).exists():  # the evaluation at its end failed
             _evaluate(job, job.num_steps, log)
+        job.control.finish()
         return
     peak = config.optimizer.peak(batch.total)
     parts = Step(config, job.model, job.engine, job.shards, device, job.train_cache)
-    loss_sum, loss_count = torch.zeros((), device=device), 0
+    losses = Losses(world, job.skipped_before)
     with job.train_loader() as loader:
         clock = Clock(batch.total, lambda: loader.wait_seconds)
         logged = clock.read()
+        job.control.start(job.start_step + 1)
         for step in range(job.start_step + 1, job.num_steps + 1):
             lr = learning_rate(step - 1, job.num_steps, peak, config.schedule)
             mix = plan_mix(config.train.seed, step - 1, config.data)
@@ -127,51 +134,72 @@ def train(job: Job, log: MetricsLog | None) -> None:
                 loss = parts.loss(micro_batch)
                 job.engine.backward(loss)
                 job.engine.update(lr)
-                loss_sum += loss.detach()
-                loss_count += 1
+                losses.add(loss, clips.keys)
                 if config.run.trace:
                     _trace(job, step, clips, mix, loss.item())
+            losses.end_step(step, job.engine.skipped)
 
             if clock.step_done():
-                loss_sum.item()  # the device has done the warm-up steps
+                losses.wait()  # the device has done the warm-up steps
                 clock.start_measuring()
             ends, seen, before = step == job.num_steps, step * batch.total, (step - 1) * batch.total
-            saves = ends or crosses(step, step - 1, config.train.checkpoint_every)
+            stops = not ends and job.control.ends_after(step)
+            saves = ends or stops or crosses(step, step - 1, config.train.checkpoint_every)
             evaluates = ends or crosses(seen, before, config.train.eval_every * job.shards.num_kept)
             if saves or evaluates or step % job.log_every == 0:
                 job.bad_samples.meet(loader, job.shards, job.start_step * batch.total)
-                mean = world.sum(loss_sum / loss_count).item() / world.size
-                _require_finite(mean, step, lr)
+                read = losses.read()
                 whole = clock.read()
                 if log is not None:
-                    _log(job, log, step, mean, lr, whole.since(logged), whole)
-                loss_sum, loss_count, logged = torch.zeros((), device=device), 0, whole
+                    _log(job, log, step, losses, read, lr, whole.since(logged), whole)
+                logged = whole
+                if losses.in_a_row > config.train.max_skipped_steps:
+                    _give_up(job, losses, step - losses.in_a_row)
+                saves &= ends or stops or not losses.in_a_row  # those of before are worth more
             if saves:
                 with clock.paused():
-                    _save(job, step)
-            if evaluates:
+                    _save(job, losses, step)
+            if evaluates and not stops:
                 with clock.paused():
-                    _evaluate(job, step, log)
+                    stops = not _evaluate(job, step, log)
+                    if stops and not saves:
+                        _save(job, losses, step)
+            if stops:
+                raise job.control.stopped(step)
+        job.control.finish()
         if log is not None and job.bad_samples.met:
             of = f"{len(job.bad_samples.met)} of {job.shards.num_kept} samples"
             print(f"{of} could not be decoded and were replaced by others: {job.out / FILE_NAME} lists them")
         if log is not None:
-            log.write("end", job.num_steps, paused_seconds=clock.paused_seconds, **_pace_values(clock.read()))
+            values = {"skipped_steps": losses.skipped, **_pace_values(clock.read())}
+            log.write("end", job.num_steps, paused_seconds=clock.paused_seconds, **values)
 
 
-def _require_finite(loss: float, step: int, lr: float) -> None:
-    if not math.isfinite(loss):
-        raise ValueError(
-            f"the loss is {loss} at step {step} (learning rate {lr:.2e}): lower optimizer.lr, lengthen "
-            "schedule.warmup_epochs or set ds.gradient_clipping=1.0; nothing of this step was saved"
-        )
+def _give_up(job: Job, losses: Losses, step: int) -> NoReturn:
+    """Ends the run as it was after `step`, the last that was not skipped."""
+    saved = "no step was learned before"
+    if step > job.start_step:
+        _save(job, losses, step)
+        saved = f"the state before, of step {step}, is saved"
+    elif job.start_step:
+        saved = f"the state before is that of step {step}, which the run began with"
+    count = f"{losses.in_a_row} steps in a row were" if losses.in_a_row > 1 else "a step was"
+    raise ValueError(
+        f"{count} skipped, for a loss or gradient is no finite number (allowed is "
+        f"train.max_skipped_steps = {job.config.train.max_skipped_steps}); {saved}. Start anew with a lower "
+        "optimizer.lr, a longer schedule.warmup_epochs or ds.gradient_clipping=1.0; if the machine was at fault, go on "
+        "with --resume"
+    )
 
 
-def _log(job: Job, log: MetricsLog, step: int, loss: float, lr: float, pace: Pace, whole: Pace) -> None:
+def _log(job: Job, log: MetricsLog, step: int, losses: Losses, read: Read, lr: float, pace: Pace, whole: Pace) -> None:
     epoch = step * job.batch.total / job.shards.num_kept
-    values = {"epoch": epoch, "loss": loss, "lr": lr, "bad_samples": len(job.bad_samples.met), **_pace_values(pace)}
-    log.write("train", step, **values)
-    line = train_line(step=step, num_steps=job.num_steps, epoch=epoch, loss=loss, lr=lr, pace=pace, whole=whole)
+    counts = {"bad_samples": len(job.bad_samples.met), "skipped_steps": losses.skipped}
+    loss = None if math.isnan(read.loss) else read.loss
+    log.write("train", step, epoch=epoch, loss=loss, lr=lr, **counts, **_pace_values(pace))
+    for told in read.told:
+        print(f"warning: {told}", file=sys.stderr, flush=True)
+    line = train_line(step=step, num_steps=job.num_steps, epoch=epoch, loss=read.loss, lr=lr, pace=pace, whole=whole)
     print(line, flush=True)
 
 
@@ -180,7 +208,7 @@ def _pace_values(pace: Pace) -> dict[str, float | None]:
     return {("measured_steps" if name == "steps" else name): getattr(pace, name) for name in names}
 
 
-def _save(job: Job, step: int) -> None:
+def _save(job: Job, losses: Losses, step: int) -> None:
     job.world.on_first(
         lambda: save_checkpoint(
             job.out,
@@ -194,30 +222,37 @@ def _save(job: Job, step: int) -> None:
             bad_samples=job.bad_samples.met,
             classes=job.shards.classes,
             keep=job.config.train.keep,
+            skipped_steps=losses.skipped,
         )
     )
 
 
-def _evaluate(job: Job, step: int, log: MetricsLog | None) -> None:
+def _evaluate(job: Job, step: int, log: MetricsLog | None) -> bool:
     """Evaluates if there is something to evaluate on: on one view a video, as the official code validates, and after
-    the last step on all `data.test_clips` × `data.test_crops`; those answers are kept in predictions.npz."""
+    the last step on all `data.test_clips` × `data.test_crops`; those answers are kept in predictions.npz. False, on all
+    ranks, if it was cut short because the run is to stop."""
     shards = job.val_shards
     if shards is None:
-        return
+        return True
     options = job.loader_options()
     if step < job.num_steps:
         options["options"] = replace(job.config.data, test_clips=1, test_crops=1)
-    result = evaluate(
-        job.model, shards, job.world, micro_batch=job.batch.micro, loader_options=options, cache=job.cache
-    )
+    options = {"loader_options": options, "on_batch": job.control.check, "cache": job.cache}
+    try:
+        result = evaluate(job.model, shards, job.world, micro_batch=job.batch.micro, **options)
+    except ValueError as error:
+        if str(error) == CUT_SHORT:
+            return False
+        raise
     job.bad_samples.meet_evaluated(result.bad, shards)
     if log is None:
-        return
+        return True
     metrics = result.metrics()
     log.write("eval", step, epoch=step * job.batch.total / job.shards.num_kept, **metrics)
     print(eval_line(step, metrics), flush=True)
     if step == job.num_steps:
         result.save(job.out / PREDICTIONS, shards)
+    return True
 
 
 def _trace(job: Job, step: int, clips: ClipBatch, mix: MixPlan | None, loss: float) -> None:

@@ -25,7 +25,10 @@ from pipelines.cli import one_of_several, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one training; returns the exit status. Raises ValueError or OSError for what a user can mend."""
+    """Runs one training; returns the exit status, after SIGTERM or Ctrl-C the shell's 143 or 130.
+
+    Raises ValueError or OSError for what a user can mend.
+    """
     arguments = _parse(argv)
     from train.resolve import list_recipes, load_config, resolve_batch
 
@@ -37,9 +40,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.print_config:
         print(json.dumps(config.as_dict(), indent=1))
         return 0
+    from train.control import Control, Stopped
     from train.start import prepare
 
-    prepare(config, batch, resume=arguments.resume).run(sys.argv if argv is None else ["train/main.py", *argv])
+    command = sys.argv if argv is None else ["train/main.py", *argv]
+    try:
+        with Control() as control:
+            prepare(config, batch, resume=arguments.resume).run(command, control)
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(stop, file=sys.stderr, flush=True)
+        return stop.status
     return 0
 
 

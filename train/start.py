@@ -32,6 +32,7 @@ from train.bad_samples import BadSamples
 from train.build import backbone_checksum, build_model
 from train.checkpoint import identity, newest_checkpoint, resume
 from train.config import Batch, Config
+from train.control import Control
 from train.engine import Engine, World, start_world
 from train.feature_sets import check_feature_set
 from train.loop import Job, train
@@ -59,25 +60,27 @@ class Prepared:
     model: VideoModel
     backbone: str
 
-    def run(self, command: Sequence[str]) -> None:
+    def run(self, command: Sequence[str], control: Control) -> None:
         """Joins the other processes and trains. `command` is for the record."""
         world = start_world()
+        control.join(world)
         engine = self.start_engine(world)
         with closing(_Claim(Path(self.config.run.out))) as claim:
             world.on_first(claim.take)
-            self._train(world, engine, command)
+            self._train(world, engine, command, control)
 
     def start_engine(self, world: World) -> Engine:
         """Sets the model up for training on this process's device, under DeepSpeed."""
         if self.config.bf16:
             self.model.set_compute_dtype(torch.bfloat16)
         speed_up(self.model.to(world.device), self.config.speed, world.device)
-        engine = Engine(world, self.model, self.config.optimizer, self.config.deepspeed, self.batch)
+        skips = self.config.train.max_skipped_steps
+        engine = Engine(world, self.model, self.config.optimizer, self.config.deepspeed, self.batch, skips)
         if self.config.speed.cuda_graphs:  # before a loader's thread decodes on the device
             record_graphs(self.model, self.batch.micro)
         return engine
 
-    def _train(self, world: World, engine: Engine, command: Sequence[str]) -> None:
+    def _train(self, world: World, engine: Engine, command: Sequence[str], control: Control) -> None:
         config, out = self.config, Path(self.config.run.out)
         run = identity(config, fingerprint=self.shards.fingerprint, backbone=self.backbone)
         state: dict[str, Any] = {"step": 0, "bad_samples": []}
@@ -88,16 +91,23 @@ class Prepared:
         parts = (self.model, engine, self.shards, self.val_shards)
         bad_samples = BadSamples(world, out, config.data.max_bad_fraction, state["bad_samples"])
         cache = StemCache(self.model, config.speed.cache_gb) if config.speed.cache_gb else None
-        job = Job(config, world, self.batch, *parts, out, run, start_step, bad_samples, cache)
+        before = (run, start_step, bad_samples)
+        job = Job(config, world, self.batch, *parts, out, *before, cache, control, state.get("skipped_steps", 0))
         log = None
         if world.rank == 0:
             print(_opening(job), flush=True)
             if self.resumes and self.checkpoint is None:
                 print(f"no checkpoint in {out} to resume from: this run starts anew", flush=True)
             log = MetricsLog(out, start_step)
-        train(job, log)
-        if log is not None:
-            log.close()
+        try:
+            train(job, log)
+        finally:
+            if log is not None:
+                log.close()
+        if log is not None and config.run.report:
+            from train.report import report_finished_run  # draws: runs without it do without matplotlib
+
+            report_finished_run(out)
 
 
 class _Claim:

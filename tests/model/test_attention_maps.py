@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -94,3 +96,25 @@ def test_the_image_model_inside_is_the_one_before_training(clips: Tensor) -> Non
 def test_blocks_that_are_not_there(block: int, clips: Tensor) -> None:
     with pytest.raises(ValueError, match=f"block {block}: the model has 3; allowed is 0 to 2, or -1"):
         class_attention(make("frozen"), clips, block)
+
+
+def test_prompts_are_left_out_of_the_shares(clips: Tensor) -> None:
+    """They stand behind the patches."""
+    model = trained("vpt")
+    layer: Any = model.backbone.transformer.resblocks[0].attn
+    real, seen = layer.queries_keys, []
+    layer.queries_keys = lambda x: seen.append(real(x)) or seen[-1]
+    shares, (q, k) = class_attention(model, clips, 0), seen[-1]
+    whole = (torch.einsum("mhk,mnhk->mhn", q[:, 0], k) * q.shape[-1] ** -0.5).softmax(-1).mean(1)
+    assert whole.shape == (6, 27) and (shares.sum(-1) < 1).all()
+    torch.testing.assert_close(shares, whole[:, :17].unflatten(0, (2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("method", "message"), [("evl", "EVL, DualPath"), ("dualpath", "EVL, DualPath"), ("side4video", "Side4Video")]
+)
+def test_methods_of_another_build_are_refused(method: str, message: str) -> None:
+    model = make(method, frames=8)
+    clips = torch.zeros(1, 8, 32, 32, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=message):
+        class_attention(image_model(model), clips, -1), class_attention(model, clips, -1)

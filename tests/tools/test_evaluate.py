@@ -22,7 +22,7 @@ from model.methods import create
 from pipelines.shards import ShardSet, read_manifest, write_manifest
 from tests.sets import make_set
 from tests.train.runs import FP32, metrics, run_here, start
-from tools.evaluate import draw_confusion, main
+from tools.evaluate import main
 from train.evaluate import Evaluation
 from train.trained import open_trained
 
@@ -268,11 +268,3 @@ def test_what_cannot_be_evaluated_is_said_in_a_line(
 def test_wrong_arguments_end_it_before_anything_is_read(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["nowhere", *arguments])
-
-
-def test_four_hundred_classes_are_drawn_with_names_that_can_be_read(tmp_path: Path) -> None:
-    """A cell and a line of text have twelve pixels; names may hold what a typesetter would read as formulas."""
-    names = [f"class $_{i}^ with a long name that goes on and on 視頻" for i in range(400)]
-    (tmp_path / "a.png").write_bytes(draw_confusion(np.eye(400, dtype=np.int64), names))
-    with Image.open(tmp_path / "a.png") as picture:
-        assert min(picture.size) > 400 * 12 and max(picture.size) < 7000

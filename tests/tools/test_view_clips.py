@@ -13,7 +13,7 @@ from pipelines.augment import CLIP_MEAN
 from tests.sets import make_set
 from tests.shell import call_program
 from tests.videos import read_number
-from tools.view_clips import filmstrips, main
+from tools.view_clips import main
 
 
 def view(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,12 +70,6 @@ def test_the_sheet_shows_kept_samples_alone(tmp_path: Path) -> None:
     done = view(*half)
     assert done.returncode == 0 and "4 clips of 8 frames" in done.stdout, done.stderr
     assert "8 clips of 8 frames" in view(*half, "--eval").stdout
-
-
-def test_small_frames_are_enlarged_whole() -> None:
-    clip = np.arange(2 * 48 * 48 * 3, dtype=np.uint8).reshape(2, 48, 48, 3)
-    sheet = np.asarray(filmstrips([clip], ["caption"]))
-    assert np.array_equal(sheet[18 : 18 + 96 : 2, :96:2], clip[0])
 
 
 def test_mistakes_end_in_one_line(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def arguments(packed: Path, out: Path, *settings: str) -> list[str]:
         "train.eval_every": 0,
         "run.out": out,
         "run.trace": "true",
+        "run.report": "false",
     }
     given = [f"{key}={value}" for key, value in small.items()] + list(settings)
     return ["--recipe", "demo", *(part for setting in given for part in ("--set", setting))]
@@ -53,6 +54,18 @@ def launch(processes: int, packed: Path, out: Path, *settings: str) -> subproces
     port = str(29500 + os.getpid() % 1000 + 7 * len(settings))
     place = ("--num_accelerators", str(processes), "--master_port", port)
     return start("deepspeed", *place, SCRIPT, *arguments(packed, out, *settings), DS_ACCELERATOR="cpu")
+
+
+def launch_machines(packed: Path, out: Path, *settings: str) -> list[subprocess.Popen[str]]:
+    """A run on two machines of one slot each, as train/README.md says for schedulers: here both are this one."""
+    hostfile = out.with_suffix(".hostfile")
+    hostfile.write_text("node-0 slots=1\nnode-1 slots=1\n")
+    place = ("--hostfile", str(hostfile), "--no_ssh", "--master_addr", "127.0.0.1")
+    port = ("--master_port", str(29500 + os.getpid() % 1000 + 3))
+    command = (SCRIPT, *arguments(packed, out, *settings))
+    return [
+        start("deepspeed", *place, *port, "--node_rank", str(rank), *command, DS_ACCELERATOR="cpu") for rank in (0, 1)
+    ]
 
 
 def trace(out: Path, rank: int = 0) -> list[dict[str, Any]]:

@@ -173,7 +173,7 @@ def test_a_configuration_other_than_the_defaults_everywhere_comes_back_from_json
         schedule=ScheduleConfig(epochs=4.5, warmup_epochs=0.0, cosine="epoch"),
         train=TrainConfig(seed=2**62, label_smoothing=0.5, keep=9),
         speed=SpeedOptions(checkpoint_blocks=2, cache_gb=0.5),
-        run=RunConfig(out="there", trace=True),
+        run=RunConfig(out="there", report=False, trace=True),
         deepspeed=DOCUMENT,
     )
     document = config.as_dict()

@@ -33,7 +33,7 @@ def arguments(packed: Path, out: Path, method: str) -> list[str]:
         *FITTING.get(method, ()),
         *("ds.train_batch_size=4", "ds.train_micro_batch_size_per_gpu=2"),
         *("schedule.epochs=0.6", "schedule.warmup_epochs=0", "train.eval_every=0", "train.checkpoint_every=1"),
-        *("train.keep=99", f"run.out={out}", "run.trace=true"),
+        *("train.keep=99", f"run.out={out}", "run.trace=true", "run.report=false"),
     ]
     return ["--recipe", "demo", *(part for setting in settings for part in ("--set", setting))]
 
