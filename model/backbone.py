@@ -9,7 +9,7 @@ import difflib
 import torch
 
 from model import open_clip_models, timm_models
-from model.geometry import ImageTower
+from model.geometry import RANDOM_WEIGHTS, ImageTower
 
 EXAMPLES = ("ViT-B-16-quickgelu", "ViT-L-14-quickgelu", "tiny-clip", "vit_base_patch16_224")
 NORMALISATIONS: dict[str, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
@@ -55,6 +55,19 @@ def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", tex
         return tower
     mean, std = mean_std
     return dataclasses.replace(tower, geometry=dataclasses.replace(tower.geometry, mean=mean, std=std))
+
+
+def is_weight_file(pretrained: str) -> bool:
+    """Whether it is the path of a file and no tag."""
+    return pretrained.endswith(timm_models.FILE_ENDINGS)
+
+
+def hub_name(name: str, pretrained: str) -> str | None:
+    """`owner/repository` under which the weights are published on the Hugging Face hub; None where they are not, or
+    come from a file."""
+    if pretrained == RANDOM_WEIGHTS or is_weight_file(pretrained):
+        return None
+    return (timm_models if _is_of_timm(name) else open_clip_models).hub_name(name, pretrained)
 
 
 def image_size(name: str) -> int:

@@ -1,11 +1,12 @@
 """Published checkpoints: read with nothing executed, every tensor checked, kept as a folder that says what it holds.
 
-    FOLDER/model.safetensors   every parameter in float32, under our names
-    FOLDER/model.json          what the model is, which format it came from, what was dropped, checksum of the tensors;
-                               of a training run also its classes and how its clips are cut
+    FOLDER/model.safetensors   every parameter in float32, under our names; of adapters alone what training changes
+    FOLDER/config.json         what the model is, which format it came from, what was dropped, checksum of the tensors;
+                               of a training run also its classes and how its clips are cut; of adapters alone the image
+                               model that they stand on, by name and checksum (earlier versions wrote model.json)
 
 `convert` reads a published file, `write_folder` writes such a folder, `load` makes the model from it, `write_official`
-goes the way back. tools/convert_checkpoint.py is the program around them.
+goes the way back. tools/convert_checkpoint.py and tools/export.py are the programs around them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import official
+from model.backbone import is_weight_file
 from model.geometry import CLIPGeometry, SwinGeometry, ViTGeometry
-from model.methods import FORMATS, METHODS, describe, format_of, from_description
+from model.methods import FORMATS, METHODS, build, describe, format_of, from_description
 from model.official import Format
+from model.parameters import backbone_checksum
 from model.video import VideoModel
 from model.weight_files import read_tensors
 
@@ -39,7 +43,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 TENSORS = "model.safetensors"
-DOCUMENT = "model.json"
+DOCUMENT = "config.json"
+_EARLIER_DOCUMENT = "model.json"
 SOURCES = ("auto", *sorted({entry.family for entry in FORMATS.values()} | set(FORMATS)))
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _MOST_JSON_BYTES = 16 * 2**20
@@ -81,6 +86,21 @@ class Converted:
     sampling: str | None = None
     interval: int | None = None
     """How clips were cut in training (`pipelines.plan.ClipOptions`); None where that is not known."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The image model that adapters stand on."""
+
+    name: str
+    """`model.name` of the run,"""
+    pretrained: str
+    """and its `model.pretrained`; of a file the name, without its folder."""
+    normalisation: str
+    seed: int
+    """Which some of the frozen weights may come from."""
+    checksum: str
+    """`model.parameters.backbone_checksum` of the weights."""
 
 
 def convert(path: Path, source: str = "auto") -> Converted:
@@ -136,6 +156,14 @@ def count(converted: Converted) -> tuple[int, int]:
 
 def write_folder(converted: Converted, out: Path) -> None:
     """Writes the folder `out`, whole or not at all; ValueError if it is taken, OSError if it cannot be written."""
+    with new_folder(out) as part:
+        write_document({**document_of(converted), **write_tensors(converted, part)}, part)
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write files into, which becomes `out` once that has gone well, and is gone if not; ValueError if
+    `out` is taken."""
     require_place(out, folder=True)
     part = out.with_name(f".{out.name}.part")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -143,19 +171,8 @@ def write_folder(converted: Converted, out: Path) -> None:
         shutil.rmtree(part)
     part.mkdir()
     try:
-        save_file(converted.tensors, part / TENSORS)
-        document = {
-            "format_version": FORMAT_VERSION,
-            "source": converted.source,
-            "model": converted.description,
-            "tensors_sha256": _sha256(part / TENSORS),
-            "dropped": converted.dropped,
-            "kept_buffers": converted.kept_buffers,
-            "assumed": converted.assumed,
-            **{name: getattr(converted, name) for name in _OF_A_RUN if getattr(converted, name) is not None},
-        }
-        (part / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        for path in (part / TENSORS, part / DOCUMENT, part):
+        yield part
+        for path in (*part.iterdir(), part):
             _sync(path)
         part.rename(out)
     except BaseException:
@@ -164,13 +181,57 @@ def write_folder(converted: Converted, out: Path) -> None:
     _sync(out.parent)
 
 
-def read_folder(folder: Path) -> Converted:
-    """What `write_folder` wrote, checked; ValueError or OSError names what is damaged."""
+def document_of(converted: Converted) -> dict[str, Any]:
+    """What config.json says of a model whatever files lie beside it."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "source": converted.source,
+        "model": converted.description,
+        "dropped": converted.dropped,
+        "kept_buffers": converted.kept_buffers,
+        "assumed": converted.assumed,
+        **{name: getattr(converted, name) for name in _OF_A_RUN if getattr(converted, name) is not None},
+    }
+
+
+def write_document(document: Mapping[str, Any], folder: Path) -> None:
+    """Writes config.json."""
+    (folder / DOCUMENT).write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+
+
+def write_tensors(converted: Converted, folder: Path, backbone: Backbone | None = None) -> dict[str, Any]:
+    """Writes model.safetensors and returns what config.json says of it; with a `backbone` only what training changes.
+    Raises ValueError where that is nothing, or all."""
+    tensors = converted.tensors
+    if backbone is not None:
+        changed = _changed_names(_blueprint(converted.description))
+        tensors = {name: tensor for name, tensor in tensors.items() if name in changed}
+        if not 0 < len(tensors) < len(converted.tensors):
+            what = "all of this model trains" if tensors else "nothing of this model trains"
+            raise ValueError(f"{what}, so there are no adapters to write alone; export the whole model")
+    save_file(tensors, folder / TENSORS)
+    (folder / TENSORS).chmod(folder.stat().st_mode & 0o666)  # it is written for its owner alone
+    said = {} if backbone is None else {"backbone": dataclasses.asdict(backbone)}
+    return {"tensors_sha256": sha256(folder / TENSORS), **said}
+
+
+def find_document(folder: Path) -> Path | None:
+    """The document of a folder, of this or an earlier version; None where there is none."""
+    paths = (folder / DOCUMENT, folder / _EARLIER_DOCUMENT)
+    return next((path for path in paths if path.is_file()), None)
+
+
+def read_folder(folder: Path, pretrained: str | None = None) -> Converted:
+    """What `write_folder` or tools/export.py wrote, checked; ValueError or OSError names what is damaged.
+
+    Of adapters alone, the image model is loaded by its tag, which needs a network the first time, or from `pretrained`,
+    a file of its weights.
+    """
     document = _read_document(folder)
     path = folder / TENSORS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {TENSORS}; convert the checkpoint again")
-    if _sha256(path) != document["tensors_sha256"]:
+    if sha256(path) != document["tensors_sha256"]:
         raise ValueError(f"{path} is damaged (checksum); convert the checkpoint again")
     try:
         tensors = load_file(path)
@@ -180,11 +241,23 @@ def read_folder(folder: Path) -> Converted:
         if tensor.dtype != torch.float32:
             raise ValueError(f"{path} is none of ours: {name} is of {tensor.dtype}; convert the checkpoint again")
         _require_finite(f"{path}: {name}", tensor)
-    return Converted(document["model"], tensors, str(document.get("source", "")), **_read_training(folder, document))
+    description = document["model"]
+    if "backbone" in document:
+        description, tensors = _on_backbone(folder, document, tensors, pretrained)
+    elif pretrained is not None:
+        raise ValueError(f"pretrained = {pretrained!r:.200}: {folder} holds all of its weights; leave that out")
+    return Converted(description, tensors, **_known(folder, document))
+
+
+def read_known(folder: Path) -> dict[str, Any]:
+    """What a folder says of its model's origin, without reading the tensors: `source`, and where they are known
+    `classes`, `sampling` and `interval`, as in `Converted`. Raises as `read_folder`."""
+    return _known(folder, _read_document(folder))
 
 
 def load(folder: str | Path, **settings: Any) -> VideoModel:
-    """The model of a folder that tools/convert_checkpoint.py made: in eval mode, in float32, on the CPU.
+    """The model of a folder that tools/convert_checkpoint.py or tools/export.py made: in eval mode, in float32, on the
+    CPU.
 
     Its forward takes normalised float clips [B, T, 3, H, W], or uint8 frames [B, T, H, W, 3], and returns logits
     [B, C]; of a checkpoint without a head what the published backbone returns ([B, D, T, 1, 1] for AIM on a ViT).
@@ -193,11 +266,13 @@ def load(folder: str | Path, **settings: Any) -> VideoModel:
         adapter_scale, or its short name scale: s, by default 1 with two temporal adapters and 0.5 with one;
         num_frames: T. Another number than the temporal embedding's length interpolates it linearly over time;
         quick_gelu, heads, mean, std, drop_path, …;
-        class_names: of models that read texts, the names of the classes that it answers for.
+        class_names: of models that read texts, the names of the classes that it answers for;
+        pretrained: of adapters alone, a file of the image model's weights; without, they are fetched by their tag.
     Raises ValueError for a setting that there is not or that a tensor contradicts, and for a damaged folder.
     """
     class_names = settings.pop("class_names", None)
-    converted = with_settings(read_folder(Path(folder)), settings)
+    pretrained = settings.pop("pretrained", None)
+    converted = with_settings(read_folder(Path(folder), pretrained), settings)
     if class_names is not None:
         converted = dataclasses.replace(converted, classes=tuple(class_names))
     model = model_of(converted)
@@ -351,20 +426,74 @@ def _absent_buffers(description: Mapping[str, Any], model: VideoModel, tensors: 
         return {name: t for name, t in from_description(description).extra_tensors().items() if name in absent}
 
 
+def _changed_names(model: VideoModel) -> set[str]:
+    """Tensors that training changes."""
+    return {name for name, p in model.named_parameters() if p.requires_grad} | model.extra_tensors().keys()
+
+
+def _on_backbone(
+    folder: Path, document: Mapping[str, Any], adapters: Mapping[str, Tensor], pretrained: str | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description and all tensors of a model whose folder holds what training changes."""
+    backbone = _read_backbone(folder, document["backbone"])
+    if pretrained is None and is_weight_file(backbone.pretrained):
+        raise ValueError(
+            f"{folder} holds adapters alone, and the image model's weights were read from a file "
+            f"({backbone.pretrained}): say where it is, model.load({str(folder)!r}, pretrained=PATH)"
+        )
+    blueprint = _blueprint(document["model"])
+    description, source = describe(blueprint), pretrained or backbone.pretrained
+    with torch.random.fork_rng(devices=[]):
+        model = build(
+            description["method"],
+            backbone.name,
+            source,
+            num_classes=blueprint.num_classes,
+            num_frames=blueprint.num_frames,
+            seed=backbone.seed,
+            normalisation=backbone.normalisation,
+            options=blueprint.options,
+        )
+    if describe(model) != description or backbone_checksum(model) != backbone.checksum:
+        raise ValueError(
+            f"the weights of {backbone.name} ({source}) are not those that the adapters in {folder} were trained on "
+            f"(checksum); give those: model.load({str(folder)!r}, pretrained=PATH)"
+        )
+    shapes = {name: list(tensor.shape) for name, tensor in model.state_dict().items() if name in _changed_names(model)}
+    if shapes != {name: list(tensor.shape) for name, tensor in adapters.items()}:
+        raise ValueError(f"{folder / TENSORS} does not fit {DOCUMENT}; export the model again")
+    model.load_state_dict(adapters, strict=False)
+    return description, of_model(model).tensors
+
+
+def _read_backbone(folder: Path, values: Any) -> Backbone:
+    kinds = {"name": str, "pretrained": str, "normalisation": str, "seed": int, "checksum": str}
+    if not isinstance(values, dict) or {name: type(value) for name, value in values.items()} != kinds:
+        raise ValueError(f"{folder / DOCUMENT} is damaged (backbone); export the model again")
+    return Backbone(**values)
+
+
 def _read_document(folder: Path) -> dict[str, Any]:
-    path = folder / DOCUMENT
-    if not path.is_file():
+    path = find_document(folder)
+    if path is None:
         raise (NotADirectoryError if folder.is_file() else FileNotFoundError)(_not_converted(folder))
     if path.stat().st_size > _MOST_JSON_BYTES:
         raise ValueError(f"{path} is larger than {_MOST_JSON_BYTES} bytes; it is none of ours")
     try:
         document = json.loads(path.read_bytes())
         version = document["format_version"]
-        described = isinstance(document["model"], dict) and isinstance(document["tensors_sha256"], str)
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({type(error).__name__}); convert the checkpoint again") from error
+        described = isinstance(document["model"], dict) and isinstance(document.get("tensors_sha256"), str)
+        graphs = [str(name) for name in document.get("graphs", ())]
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"is damaged, or another program's ({type(error).__name__})"
+        raise ValueError(f"{path} {what}; convert the checkpoint again") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path} has format version {str(version)[:20]}, this program reads {FORMAT_VERSION}")
+    if graphs and not described:
+        raise ValueError(
+            f"{folder} holds {', '.join(graphs)[:80]}, to be run without this project (README.md beside it says how), "
+            "and no weights that can be loaded here; export the model once more, without --format"
+        )
     if not described:
         raise ValueError(f"{path} is damaged (model, tensors_sha256); convert the checkpoint again")
     return dict(document)
@@ -383,8 +512,12 @@ def _not_converted(path: Path) -> str:
     )
 
 
+def _known(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    return {"source": str(document.get("source", "")), **_read_training(folder, document)}
+
+
 def _read_training(folder: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """What model.json says of a run's training, checked; folders of published files do not have it."""
+    """What the document says of a run's training, checked; folders of published files do not have it."""
     found = {name: document[name] for name in _OF_A_RUN if name in document}
     classes, count = found.get("classes", []), document["model"].get("num_classes")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
@@ -454,7 +587,8 @@ def _over_time(
     return fitted
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Of a file, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -42,3 +42,5 @@ class Method:
     """Whether the model with these options needs the text tower that belongs to the image model."""
     trains: bool = True
     """Whether there is anything to train; if not, tools/evaluate.py takes a recipe for a checkpoint."""
+    paper: str = ""
+    """Whom to cite: authors, title, venue and year; empty: there is nothing to."""

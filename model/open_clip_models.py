@@ -83,6 +83,15 @@ def load_image_tower(name: str, pretrained: str, *, text_tower: bool = False) ->
     )
 
 
+def hub_name(name: str, pretrained: str) -> str | None:
+    """`owner/repository` of a tag's weights on the Hugging Face hub; None where there is none."""
+    import open_clip
+
+    owner, _, rest = str(open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "")).partition("/")
+    repository = rest.partition("/")[0]
+    return f"{owner}/{repository}" if owner and repository else None
+
+
 def image_size(name: str) -> int:
     """Side in pixels of the square frames that a model takes, without building it; ValueError for unknown names."""
     return int(_known_config(name)["vision_cfg"]["image_size"])

@@ -1,9 +1,11 @@
-"""Where a model's parameters are and which of them train: the table printed at the start of every run."""
+"""Where a model's parameters are and which of them train: the table printed at the start of every run, and the checksum
+of those that do not."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 
+import xxhash
 from torch import nn
 
 from model.video import BACKBONE
@@ -30,6 +32,16 @@ def parameter_table(model: nn.Module) -> str:
     lines = [f"{'part':{width}}  {'parameters':>12}  {'trainable':>12}"]
     lines += [f"{name:{width}}  {count:>12,}  {trains:>12,}" for name, (count, trains) in rows.items()]
     return "\n".join(lines)
+
+
+def backbone_checksum(model: nn.Module) -> str:
+    """Checksum of the frozen weights as they were loaded: call it before their precision is changed."""
+    digest = xxhash.xxh3_128()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _part(name: str) -> str:

@@ -77,6 +77,11 @@ def load_image_tower(name: str, pretrained: str) -> ImageTower:
     return ImageTower(geometry, _fitting(state, model.state_dict(), rename, f"weights {pretrained!r} of {name}"))
 
 
+def hub_name(name: str, pretrained: str) -> str | None:
+    """`owner/repository` of a tag's weights on the Hugging Face hub; None where there is none."""
+    return _tag_config(name, pretrained).hf_hub_id or None
+
+
 def image_size(name: str) -> int:
     """Side in pixels of the square frames that a model takes; ValueError where it takes others."""
     return _square(name, _structure(name))

@@ -221,8 +221,9 @@ class Head(nn.Module):
 
 def own_precision(device: torch.device) -> AbstractContextManager[None]:
     """A context in which layers choose their own precision, whatever autocast would choose."""
-    on_meta = device.type == "meta"  # where shapes are computed and autocast does not exist
-    return nullcontext() if on_meta else torch.autocast(device.type, enabled=False)
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):  # on meta autocast does not exist
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def drop_path_rates(rate: float, layers: int) -> Tensor:

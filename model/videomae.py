@@ -95,7 +95,7 @@ class VideoMAE(nn.Module):
         dropout, tokens = masks.get("adapter_dropout"), x_B1ND.shape[2]
         for layer, block in enumerate(self.blocks):
             if len(self.embeddings):
-                prompts = self.embeddings[layer].to(x_B1ND.dtype).expand(len(x_B1ND), 1, -1, -1)
+                prompts = self.embeddings[layer].to(x_B1ND.dtype).expand(x_B1ND.shape[0], 1, -1, -1)
                 x_B1ND = torch.cat([x_B1ND[:, :, :tokens], prompts], dim=2)
             x_B1ND = call_block(block, x_B1ND, None if dropout is None else dropout[:, layer].to(x_B1ND.dtype))
         return self.fc_norm(x_B1ND[:, 0, :tokens].mean(dim=1))

@@ -78,7 +78,8 @@ class ViT(nn.Module):
     def stem(self, clips: Tensor) -> Tensor:
         """All that comes before the first weight that AIM trains: [B, T, 3, H, W] → x_BTND."""
         patches = self.conv1(clips.flatten(0, 1))
-        class_tokens = self.class_embedding.to(patches.dtype).expand(len(patches), 1, -1)
+        # Not len(): torch.export would take the number of clips for a constant.
+        class_tokens = self.class_embedding.to(patches.dtype).expand(patches.shape[0], 1, -1)
         x_MND = torch.cat([class_tokens, patches], dim=1) + self.positional_embedding.to(patches.dtype)
         x_BTND = x_MND.unflatten(0, clips.shape[:2])
         if not self._time_at_input and self.ln_pre is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import re
+import stat
 import warnings
 import zipfile
 import zlib
@@ -25,6 +26,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
     Nothing in the file is executed. Raises ValueError: not whole, not a weight file, or one that only a program could
     read (pickled Python objects, a TorchScript archive), with what to do then; OSError if it cannot be opened.
     """
+    if not (stat.S_ISREG(kind := path.stat().st_mode) or stat.S_ISDIR(kind)):  # a pipe or a device may never end
+        raise ValueError(f"{path} is no file; name one of weights, .safetensors or PyTorch's")
     with path.open("rb") as file:
         start = file.read(9)
     if start[8:9] == b"{":  # after the length of the header, which may look like anything
@@ -45,6 +48,9 @@ def _refuse_program(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.namelist()
+            claimed = sum(member.file_size for member in archive.infolist())
+            if claimed > path.stat().st_size:  # PyTorch does not compress
+                raise ValueError(f"it is compressed, and claims to unpack to {claimed} bytes; save it with torch.save")
             damaged = archive.testzip()  # torch.load does not look at the checksums
     except (zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole PyTorch file: {error}") from error

@@ -53,6 +53,7 @@ DOORS: dict[str, set[str]] = {
     "xformers": {"model/attention.py"},
     "deepspeed": {"train/engine.py"},
     "fsspec": {"pipelines/remote.py"},
+    "onnxruntime": {"model/graphs.py"},
     **{rival: {"tools/parts/bench_contenders.py"} for rival in ("decord", "torchcodec", "webdataset")},
 }
 

@@ -39,7 +39,7 @@ from pipelines.cli import run_cli
 from train.resolve import parse_value
 from train.trained import open_trained
 
-_SHOWN = 3  # names of a list; the folder's model.json has all
+_SHOWN = 3  # names of a list; the folder's config.json has all
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,7 +128,7 @@ def open_source(arguments: argparse.Namespace) -> Converted:
         return checkpoints.convert(source, arguments.format)
     if arguments.format != "auto":
         raise ValueError(f"{source} is a folder; --from says the format of a file")
-    if (source / checkpoints.DOCUMENT).exists():
+    if checkpoints.find_document(source):
         if not arguments.to:
             raise ValueError(f"{source} is converted already; --to aim writes the official names")
         return checkpoints.read_folder(source)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import xxhash
-from torch import nn
-
 from model import methods
+from model.parameters import backbone_checksum
 from model.video import VideoModel
 from train.config import ModelConfig
+
+__all__ = ["backbone_checksum", "build_model"]
 
 
 def build_model(
@@ -37,13 +37,3 @@ def build_model(
         options=config.options,
         class_names=class_names,
     )
-
-
-def backbone_checksum(model: nn.Module) -> str:
-    """Checksum of the frozen weights as they were loaded: call it before their precision is changed."""
-    digest = xxhash.xxh3_128()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().cpu().numpy().tobytes())
-    return digest.hexdigest()

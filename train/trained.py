@@ -89,7 +89,7 @@ def open_trained(path: Path, overrides: Iterable[str] = ()) -> Trained:
     checkpoint = path if (path / "state.json").exists() else newest_checkpoint(path)
     if checkpoint is not None:
         return _open_checkpoint(checkpoint, overrides)
-    if (path / checkpoints.DOCUMENT).exists():
+    if checkpoints.find_document(path):
         return _open_converted(path, overrides)
     raise FileNotFoundError(
         f"{path} is neither a run with a checkpoint (checkpoint-…), nor a checkpoint (state.json), nor a converted "
@@ -154,7 +154,8 @@ def _open_converted(path: Path, overrides: Iterable[str]) -> Trained:
                 f"--set {override}: {path} is converted, and no training's; of it can be set model.X (the settings of "
                 "model.load), data.X, speed.X and ds.X"
             )
-    stored = checkpoints.with_settings(checkpoints.read_folder(path), settings)
+    read = checkpoints.read_folder(path, settings.pop("pretrained", None))
+    stored = checkpoints.with_settings(read, settings)
     loaded = checkpoints.model_of(stored)
     data: dict[str, Any] = {
         "num_frames": loaded.num_frames,

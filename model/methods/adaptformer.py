@@ -396,6 +396,9 @@ METHODS = (
         {ViTGeometry: AdaptFormer},
         (IMAGE,),
         shown_options=("bottleneck",),
+        paper=(
+            'Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022'
+        ),
     ),
     Method(
         "adaptformer_video",
@@ -405,5 +408,8 @@ METHODS = (
         (VIDEO,),
         shown_options=("bottleneck", "tubelet", "prompts", "adapter_start", "video_weights"),
         hidden_geometry=("image_size",),
+        paper=(
+            'Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Recognition", NeurIPS 2022'
+        ),
     ),
 )

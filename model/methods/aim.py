@@ -333,6 +333,7 @@ METHODS = (
         ),
         shown_options=("adapters", "positions", "temporal_adapters", "temporal_weights", "adapter_ratio"),
         reads_texts=lambda options: options.temporal_weights == "text",
+        paper='Yang et al., "AIM: Adapting Image Models for Efficient Video Action Recognition", ICLR 2023',
     ),
     Method("frozen", "frozen image model, frame by frame, new head", SpaceOnlyOptions, {ViTGeometry: Frozen}),
     Method("finetuned", "the same with all of it trained", SpaceOnlyOptions, {ViTGeometry: Finetuned}),

@@ -193,7 +193,7 @@ class DualPathViT(ViT):
         """[B, T, 3, H, W] → tokens of the framesets, then of the spatial path's frames, x_BFND."""
         frames = clips[:, :: clips.shape[1] // self.spatial_frames]
         framesets = make_framesets(clips, self.grid, antialias=self.antialias)
-        patches = self.conv1(torch.cat([framesets, frames], dim=1).flatten(0, 1)).unflatten(0, (len(clips), -1))
+        patches = self.conv1(torch.cat([framesets, frames], dim=1).flatten(0, 1)).unflatten(0, (clips.shape[0], -1))
         dtype = patches.dtype
         class_tokens = self.class_embedding.to(dtype).expand(*patches.shape[:2], 1, -1)
         x_BFND = torch.cat([class_tokens, patches], dim=2) + self.place().to(dtype)
@@ -375,5 +375,6 @@ METHODS = (
             ),
         ),
         shown_options=("form", "bottleneck"),
+        paper='Park et al., "Dual-path Adaptation from Image to Video Transformers", CVPR 2023',
     ),
 )

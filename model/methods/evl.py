@@ -21,9 +21,7 @@ What differs from the published code, in the order of operations and not in what
   M · D · H multiply-adds instead of M · D², 0.015 instead of 0.93 · 10⁹ on a ViT-B/16 of 8 frames, and keeps nothing.
 - Weights of pairs of patches are moved to the place of their offset along one axis, with zeros between, so that one
   product for each row of patches takes them to the tables' rows. The published code gathers a tensor of P · P · D and
-  scatters its gradient: on one core of a CPU that takes 4 to 5 times as long, forward and backward (for a layer of
-  ViT-B/16 and 8 frames 0.40 against 0.09 s in float32, 0.30 against 0.07 s in bf16, torch 2.11). None of it has run on
-  a GPU yet.
+  scatters its gradient.
 - The image model has a bias in its patch embedding, which is zero for CLIP, as in the published code.
 
 Files that the published code wrote while the image model stayed as it is hold the decoder alone; the image model must
@@ -250,7 +248,7 @@ class Decoder(nn.Module):
     def forward(self, seen: list[tuple[Tensor, Tensor | None]], masks: Tensor | None) -> Tensor:
         """`seen`: tokens x_BTND and `pair_weights` of each block that is read → the query token [B, D]."""
         first, _ = seen[0]
-        query_BD = self.cls_token.to(first.dtype).expand(len(first), -1)
+        query_BD = self.cls_token.to(first.dtype).expand(first.shape[0], -1)
         for layer, (x_BTND, pairs) in enumerate(seen):
             mask = None if masks is None else masks[:, layer].to(x_BTND.dtype)
             query_BD = call_block(self.decoder_layers[layer], query_BD, x_BTND, pairs, *self._added_parts(layer), mask)
@@ -449,5 +447,6 @@ METHODS = (
             "temporal_positions",
             "temporal_attention",
         ),
+        paper='Lin et al., "Frozen CLIP Models are Efficient Video Learners", ECCV 2022',
     ),
 )

@@ -98,5 +98,11 @@ class PromptBlock(nn.Module):
 
 
 METHODS = (
-    Method("pro_tuning", "convolutional prompts between frozen blocks", ProTuningOptions, {ViTGeometry: ProTuning}),
+    Method(
+        "pro_tuning",
+        "convolutional prompts between frozen blocks",
+        ProTuningOptions,
+        {ViTGeometry: ProTuning},
+        paper='Nie et al., "Pro-tuning: Unified Prompt Tuning for Vision Tasks", IEEE TCSVT 2023',
+    ),
 )

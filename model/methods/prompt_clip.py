@@ -277,5 +277,6 @@ METHODS = (
         ),
         shown_options=("temporal_layers",),
         reads_texts=lambda _: True,
+        paper='Ju et al., "Prompting Visual-Language Models for Efficient Video Understanding", ECCV 2022',
     ),
 )

@@ -268,5 +268,9 @@ METHODS = (
             ),
         ),
         shown_options=("side_width",),
+        paper=(
+            'Yao et al., "Side4Video: Spatial-Temporal Side Network for Memory-Efficient '
+            'Image-to-Video Transfer Learning", 2023'
+        ),
     ),
 )

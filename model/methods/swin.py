@@ -579,5 +579,6 @@ METHODS = (
             ),
         ),
         shown_options=("temporal_window",),
+        paper='Liu et al., "Video Swin Transformer", CVPR 2022',
     ),
 )

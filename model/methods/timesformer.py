@@ -137,7 +137,7 @@ class ClipViT(ViT):
         where_PD, when_T1D = self.positional_embedding[1:], self.temporal_embedding[0].unsqueeze(1)
         patches = patches + (where_PD + when_T1D).to(patches.dtype)
         class_D = (self.class_embedding + self.positional_embedding[0]).to(patches.dtype)
-        class_token = class_D.expand(len(clips), 1, 1, -1)
+        class_token = class_D.expand(clips.shape[0], 1, 1, -1)
         return (class_token, patches) if self.ln_pre is None else (self.ln_pre(class_token), self.ln_pre(patches))
 
 
@@ -256,6 +256,7 @@ METHODS = (
                 leading_ones=LEADING_ONES,
             ),
         ),
+        paper='Bertasius et al., "Is Space-Time Attention All You Need for Video Understanding?", ICML 2021',
     ),
     Method(
         "timesformer_clip",
@@ -276,5 +277,6 @@ METHODS = (
                 dropped=(PROJECTION,),
             ),
         ),
+        paper='Bertasius et al., "Is Space-Time Attention All You Need for Video Understanding?", ICML 2021',
     ),
 )

@@ -185,5 +185,6 @@ METHODS = (
             ),
         ),
         shown_options=("depth", "num_prompts", "prompt_width"),
+        paper='Jia et al., "Visual Prompt Tuning", ECCV 2022',
     ),
 )

@@ -303,5 +303,6 @@ METHODS = (
             ),
         ),
         shown_options=("mlp_adapters", "adapter_ratio", "folded"),
+        paper=('Li et al., "ZeroI2V: Zero-Cost Adaptation of Pre-trained Transformers from Image to Video", ECCV 2024'),
     ),
 )

@@ -90,5 +90,6 @@ METHODS = (
         {CLIPGeometry: ZeroShot},
         reads_texts=lambda _: True,
         trains=False,
+        paper=('Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", ICML 2021'),
     ),
 )

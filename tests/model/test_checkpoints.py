@@ -380,26 +380,38 @@ def test_nothing_is_overwritten_and_nothing_is_left_half_written(
     assert read_folder(tmp_path / "empty").description == stored.description
 
 
+def test_a_folder_of_an_earlier_version_opens(tiny: Path, tmp_path: Path) -> None:
+    write_folder(read_folder(tiny), tmp_path / "out")
+    (tmp_path / "out" / "config.json").rename(tmp_path / "out" / "model.json")
+    assert read_folder(tmp_path / "out").description == read_folder(tiny).description
+
+
+def test_another_programs_config_is_none_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["ViTModel"], "hidden_size": 768}')
+    with pytest.raises(ValueError, match=r"config.json is damaged, or another program's"):
+        read_folder(tmp_path)
+
+
 def _document(out: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    document = json.loads((out / "model.json").read_text())
+    document = json.loads((out / "config.json").read_text())
     change(document)
-    (out / "model.json").write_text(json.dumps(document))
+    (out / "config.json").write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda out: (out / "model.json").unlink(), "is no converted checkpoint"),
+        (lambda out: (out / "config.json").unlink(), "is no converted checkpoint"),
         (lambda out: (out / "model.safetensors").unlink(), "has no model.safetensors"),
-        (lambda out: (out / "model.json").write_text("{"), "model.json is damaged"),
-        (lambda out: (out / "model.json").write_text("[" * 100_000), "model.json is damaged"),
-        (lambda out: (out / "model.json").write_text("[]"), "model.json is damaged"),
-        (lambda out: _document(out, lambda d: d.pop("model")), "model.json is damaged"),
-        (lambda out: _document(out, lambda d: d.update(model=3)), "model.json is damaged"),
+        (lambda out: (out / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda out: (out / "config.json").write_text("[" * 100_000), "config.json is damaged"),
+        (lambda out: (out / "config.json").write_text("[]"), "config.json is damaged"),
+        (lambda out: _document(out, lambda d: d.pop("model")), "config.json is damaged"),
+        (lambda out: _document(out, lambda d: d.update(model=3)), "config.json is damaged"),
         (lambda out: _document(out, lambda d: d.update(format_version=2)), "has format version 2"),
         (lambda out: _document(out, lambda d: d["model"].update(method="os")), "model.method = 'os'"),
         (lambda out: _document(out, lambda d: d["model"]["geometry"].update(layers=3)), "resblocks.2"),
-        (lambda out: _document(out, lambda d: d["model"].update(num_classes=9)), "do not fit model.json"),
+        (lambda out: _document(out, lambda d: d["model"].update(num_classes=9)), "do not fit config.json"),
         (lambda out: _document(out, lambda d: d.update(classes="ab")), "classes = 'ab'; allowed is a list of names"),
         (lambda out: _document(out, lambda d: d.update(classes=["a", 2, "c", "d", "e"])), "allowed is a list of names"),
         (lambda out: _document(out, lambda d: d.update(classes=["a"])), "classes has 1 names; num_classes = 5"),
@@ -433,7 +445,7 @@ def test_what_is_known_of_a_training_is_kept_and_what_is_not_is_none(tiny: Path,
     write_folder(known, tmp_path / "known")
     found = [read_folder(path) for path in (tmp_path / "known", tiny)]
     assert [(one.classes, one.sampling, one.interval) for one in found] == [(tuple("abcde"), "uniform", 3), (None,) * 3]
-    assert not {"classes", "sampling", "interval"} & json.loads((tiny / "model.json").read_text()).keys()
+    assert not {"classes", "sampling", "interval"} & json.loads((tiny / "config.json").read_text()).keys()
 
 
 def test_settings_are_kept_in_the_folder_and_no_longer_assumed(tiny: Path, tmp_path: Path) -> None:
@@ -471,7 +483,7 @@ def test_a_path_that_is_no_converted_folder_is_told_what_it_is(tiny: Path, tmp_p
         (file, f"is a file; convert it to a folder of another name: python tools/convert_checkpoint.py {file} NEW"),
         (tmp_path / "run", f"is of a training run, .* python tools/convert_checkpoint.py {tmp_path / 'run'} NEW"),
         (tmp_path / "run" / "checkpoint-000003", "is of a training run"),
-        (tmp_path / "empty", "a folder with model.json and model.safetensors is expected"),
+        (tmp_path / "empty", "a folder with config.json and model.safetensors is expected"),
         (tmp_path / "none", "is no converted checkpoint"),
     ):
         with pytest.raises(OSError, match=message) as error:
