@@ -50,6 +50,7 @@ from tools.run_ablation import is_finished, run_key, top1
 from tools.run_demo import environment
 from train.config import Config
 from train.resolve import load_config, resolve_batch
+from train.run_folder import read_run
 
 _OURS = {"data.shards": "--shards", "data.shots": "--shots", "data.fraction_seed": "--seed", "data.episodes": "--from"}
 _OURS |= {"run.out": "--out", "data.episode": "--episodes"}
@@ -220,10 +221,10 @@ def interval95(values: Sequence[float]) -> float | None:
 
 def summarise(runs: Path, episodes: Sequence[Episode]) -> dict[str, Any]:
     """All that is known of finished episodes, as plain values."""
-    facts = json.loads((runs / episodes[0].key / "run.json").read_text())
+    facts = read_run(runs / episodes[0].key).facts
     rows = []
     for episode in episodes:
-        run = json.loads((runs / episode.key / "run.json").read_text())
+        run = read_run(runs / episode.key).facts
         classes = list(episode.config.data.part.classes)
         rows.append(
             {"run": episode.key, "classes": classes, "training_clips": run["samples"], "top1": top1(runs / episode.key)}

@@ -41,11 +41,11 @@ import matplotlib
 from pipelines.cli import run_cli
 from pipelines.remote import open_set
 from pipelines.shards import write_durably
-from tools.run_demo import QUICK_COUNTS, QUICK_SETTINGS, environment, make_motion_set, read_metrics
+from tools.run_demo import QUICK_COUNTS, QUICK_SETTINGS, environment, make_motion_set
 from train.checkpoint import identity
 from train.config import Config, DataConfig
-from train.loop import PREDICTIONS
 from train.resolve import RECIPES, ROOT, load_config
+from train.run_folder import PREDICTIONS, read_run
 
 ABLATIONS = RECIPES / "ablations"
 MARKER = ".made-by-run_ablation"
@@ -300,12 +300,12 @@ def train(folder: Path, run: Run) -> str | None:
 
 def top1(folder: Path) -> float:
     """Of a finished run's last evaluation, as a share."""
-    return float(read_metrics(folder, "eval")[-1]["top1"])
+    return float(read_run(folder).of_kind("eval")[-1]["top1"])
 
 
 def clips_per_s(folder: Path) -> float | None:
     """Of a finished run's training steps since it was last started; None where those were too few to measure."""
-    pace = read_metrics(folder, "end")[-1]["clips_per_s"]
+    pace = read_run(folder).of_kind("end")[-1]["clips_per_s"]
     return None if pace is None else round(pace, 2)
 
 
@@ -316,7 +316,7 @@ def make_table(
     rows, environments = [], []
     for row in ablation.rows:
         finished = {seed: folder / runs[row, seed].key for seed in seeds if is_finished(folder / runs[row, seed].key)}
-        facts = [json.loads((path / "run.json").read_text()) for path in finished.values()]
+        facts = [read_run(path).facts for path in finished.values()]
         environments += [environment(path) for path in finished.values()]
         rows.append(
             {

@@ -34,6 +34,7 @@ from pipelines.shards import ShardSet, write_durably
 from tools.make_motion_videos import PAIRS
 from train.pictures import filmstrips
 from train.resolve import load_config
+from train.run_folder import read_answers, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 LADDER = {
@@ -121,19 +122,13 @@ def run(*command: str, launcher: list[str] | None = None) -> None:
         raise ValueError(f"{command[0]} ended with status {status}; its message is above")
 
 
-def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind (train, eval) of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
 def summarise(folder: Path) -> dict[str, float]:
     """Accuracy and cost of one rung."""
-    last, run_facts = read_metrics(folder, "eval")[-1], json.loads((folder / "run.json").read_text())
-    pace = read_metrics(folder, "end")[-1]
+    run = read_run(folder)
+    last, pace = run.of_kind("eval")[-1], run.of_kind("end")[-1]
     return {
         "top1": round(last["top1"], 4),
-        "trainable": run_facts["parameters"]["trainable"],
+        "trainable": run.facts["parameters"]["trainable"],
         "clips_per_s": pace["clips_per_s"],
         "wait_share": pace["wait_share"],
     }
@@ -141,7 +136,7 @@ def summarise(folder: Path) -> dict[str, float]:
 
 def environment(folder: Path) -> dict[str, Any]:
     """Where and with what a run was made: for results that are kept."""
-    facts = json.loads((folder / "run.json").read_text())
+    facts = read_run(folder).facts
     return {name: facts[name] for name in ("device", "cores", "platform", "packages", "git")}
 
 
@@ -165,9 +160,10 @@ def draw_report(out: Path) -> None:
     (curves, ladder), strip = above.subplots(1, 2), below.subplots()
     tops = []
     for rung, (title, _) in LADDER.items():
-        train = read_metrics(out / rung, "train")
+        run = read_run(out / rung)
+        train = run.of_kind("train")
         curves.plot([line["step"] for line in train], [line["loss"] for line in train], label=title)
-        tops.append(100 * read_metrics(out / rung, "eval")[-1]["top1"])
+        tops.append(100 * run.of_kind("eval")[-1]["top1"])
     curves.set(xlabel="step", ylabel="training loss", title="Learning")
     curves.legend()
     bars = ladder.barh([title for title, _ in LADDER.values()], tops, color=["0.7", "0.7", "C2", "C3"])
@@ -206,8 +202,9 @@ def prediction_strip(out: Path) -> np.ndarray:
 
 def load_predictions(folder: Path) -> np.ndarray:
     """Predicted class of every val sample, from a run's final evaluation."""
-    with np.load(folder / "predictions.npz", allow_pickle=False) as file:
-        return np.asarray(file["logits"].argmax(1))
+    answers = read_answers(folder)
+    assert answers is not None, f"{folder} was not evaluated"
+    return answers.evaluation.predicted
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def pretend_to_train(folder: Path, runs: Sequence[Run]) -> list[str]:
         out.mkdir(parents=True, exist_ok=True)
         (out / PREDICTIONS).touch()
         facts = {"parameters": {"total": 2, "trainable": 1}, "samples": 4}
-        facts |= dict.fromkeys(("device", "cores", "platform", "packages", "git"))
+        facts |= dict.fromkeys(("config", "world_size", "device", "cores", "platform", "packages", "git"))
         (out / "run.json").write_text(json.dumps(facts))
-        lines = [{"kind": "eval", "top1": number / 10}, {"kind": "end", "clips_per_s": None}]
+        lines = [{"kind": "eval", "step": 9, "top1": number / 10}, {"kind": "end", "step": 9, "clips_per_s": None}]
         (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return []
 
