@@ -22,8 +22,7 @@ from pipelines.loader import decodes_on_gpu, default_workers, describe_decoding
 from pipelines.read import CorruptSample, ShardReader
 from pipelines.shards import ShardInfo, ShardSet, index_path_of, read_manifest
 from pipelines.video import VideoError, open_video
-from tools.parts.doctor_machine import FALLBACK, OK, PROBLEM, Row
-from tools.parts.doctor_trials import decode_rates
+from tools.parts.doctor_machine import FALLBACK, OK, PROBLEM, Row, decode_rates
 
 SECONDS = 4.0  # for checksums; and for looking at videos
 SAMPLES_A_SHARD = 3

@@ -24,12 +24,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from tools.parts.doctor_machine import FALLBACK, OK, PROBLEM, ROOT, SETUP, Row
+from tools.parts.doctor_machine import FALLBACK, OK, PROBLEM, ROOT, SETUP, Row, decode_rates
 
 SIDE, FRAMES = 64, 10  # of the video that is made on the spot
 PICTURES_DIFFER = 12.0  # levels of 255, on average: as much as the codecs take, and no other picture
 STEP_ON_CPU = "0.46 s a clip (8 frames) and core for each of ViT-B/16's 12 blocks"
-_BENCH = ROOT / "tools/results/bench_pipeline_2_cores.json"
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _CHILD = "import sys; sys.path[0] = sys.argv[1]; from tools.parts import doctor_trials; doctor_trials.run_trials()"
 
@@ -373,16 +372,6 @@ TRIALS: dict[str, Callable[[str], list[Row]]] = {
     "videos": videos,
 }
 """Name → trial, which takes an argument (a path, of the last two)."""
-
-
-def decode_rates(profile: str) -> str:
-    """What a core decodes of a profile: clips of 16 frames 4 apart, and of 8 over 300, 340 × 256, as measured."""
-    try:
-        rates = json.loads(_BENCH.read_text(encoding="utf-8"))["contenders"][f"ours_{profile}"]
-        numbers = [rates[sampling]["clips_per_cpu_second"] for sampling in ("dense16", "uniform8")]
-    except (OSError, ValueError, KeyError):
-        return "unmeasured"
-    return f"{numbers[0]:.0f} clips/s a core (16 frames; 8 far apart: {numbers[1]:.0f})"
 
 
 def _pictures() -> Any:
