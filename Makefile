@@ -21,7 +21,7 @@ setup: $(STAMP) ## create .venv from requirements.lock (about 3 minutes, 6 GB; P
 test: lint ## set up, lint, type-check and run the tests: what CI runs (on up to 4 cores; ARGS="-k name" goes to pytest)
 	@$(RUN) pytest -n logical --maxprocesses 4 --dist worksteal $(ARGS)
 
-stress: setup ## the long versions of tests/stress: kills, mutated samples, memory over 20,000 batches (an hour)
+stress: setup ## the long versions of tests/stress: kills of packers, loaders and checkpoints, damaged files, memory (an hour)
 	@$(RUN) STRESS=1 pytest tests/stress --timeout=10800 -s $(ARGS)
 
 lint: setup ## ruff and mypy

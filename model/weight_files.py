@@ -47,21 +47,22 @@ def _refuse_program(path: Path) -> None:
     """ValueError for a damaged zip archive, or for one that holds a program besides its weights."""
     try:
         with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            claimed = sum(member.file_size for member in archive.infolist())
-            if claimed > path.stat().st_size:  # PyTorch does not compress
+            members = archive.infolist()
+            program = any(m.filename.endswith("/constants.pkl") or "/code/" in m.filename for m in members)
+            claimed = sum(member.file_size for member in members)
+            if claimed > path.stat().st_size and not program:  # PyTorch compresses programs alone
                 raise ValueError(f"it is compressed, and claims to unpack to {claimed} bytes; save it with torch.save")
-            damaged = archive.testzip()  # torch.load does not look at the checksums
+            damaged = None if program else archive.testzip()  # torch.load does not look at the checksums
     except (zipfile.BadZipFile, lzma.LZMAError, EOFError, OSError, ValueError, RuntimeError, zlib.error) as error:
         raise ValueError(f"{path} is not a whole PyTorch file: {error}") from error
-    if damaged is not None:
-        raise ValueError(f"{path} is not a whole PyTorch file: {damaged[:120]} is damaged; get the file again")
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
+    if program:
         raise ValueError(
             f"{path} is a TorchScript archive, a program and not only weights, and is not opened; where it is trusted: "
             "safetensors.torch.save_file(torch.jit.load(IN, map_location='cpu').state_dict(), 'weights.safetensors'), "
             "then convert that file"
         )
+    if damaged is not None:
+        raise ValueError(f"{path} is not a whole PyTorch file: {damaged[:120]} is damaged; get the file again")
 
 
 def _load_plain(path: Path) -> Any:

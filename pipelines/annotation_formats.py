@@ -20,6 +20,7 @@ import csv
 import json
 import math
 import re
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -105,6 +106,7 @@ def recognise(path: Path) -> str:
     for name in ("ucf101", "hmdb51"):
         if re.fullmatch(FORMATS[name].official, path.name):
             return name
+    _require_file(path)
     with path.open("rb") as file:
         head = file.read(MAX_LINE).decode("utf-8-sig", "replace")
     if path.suffix.lower() == ".json":
@@ -415,8 +417,15 @@ def _seconds(text: str, where: str) -> int:
     return int(value)
 
 
+def _require_file(path: Path) -> None:
+    """A pipe or a device may never end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path} is no file; name an annotation file")
+
+
 def _read_text(path: Path) -> str:
     """UTF-8, with or without a byte order mark; any line ends become newlines."""
+    _require_file(path)
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; an annotation file has at most {MAX_FILE_BYTES}")
     data = path.read_bytes()

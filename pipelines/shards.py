@@ -47,6 +47,7 @@ FEATURES = "features"
 CHANNELS = ("rgb", "bgr")
 MAX_MAPPED_INDEXES = 4096  # a mapped index costs 10 kB of Python objects, one descriptor and its touched pages
 MAX_SIDE = 16384  # pixels, or features of a frame; more in an index is damage or an attack, not a video
+MAX_SAMPLES = 10**7  # of a shard; those made here have some hundred
 _BLOCK = 512  # tar's unit: header size and padding
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_-]+-\d{6}\.tar")  # of the shards that are written here
 SAFE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.tar")  # of those that may be read
@@ -545,16 +546,41 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         names = [s["name"] for split in manifest["splits"].values() for s in split["shards"]]
         expected = _fingerprint(manifest)
         found = manifest["fingerprint"]
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is damaged ({type(error).__name__}: {error}); pack again") from error
     bad = [name for name in names if not isinstance(name, str) or not SAFE_NAME.fullmatch(name)]
     if bad:
         raise ValueError(
             f"{path} names {bad[0]!r}; a shard is a file NAME.tar in the same folder, of letters, digits and ._-"
         )
+    wrong = _wrong_entry(manifest)
+    if wrong:
+        raise ValueError(f"{path} is damaged ({wrong}); pack again")
     if expected != found:
         raise ValueError(f"{path} was edited: its fingerprint does not match its contents; pack again")
     return manifest
+
+
+def _wrong_entry(manifest: Mapping[str, Any]) -> str:
+    """The first entry of a manifest that is not of its type, or nothing."""
+    classes, profile = manifest["classes"], manifest["profile"]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        return "classes is no list of texts"
+    if not all(isinstance(manifest[name], bool) for name in ("multi_label", "verified")):
+        return "multi_label or verified is neither true nor false"
+    texts = (profile.get("name"), profile.get("fps", "")) if isinstance(profile, dict) else (None,)
+    if not all(isinstance(text, str) for text in texts):
+        return "profile has no name"
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            if shard.keys() != {f.name for f in fields(ShardInfo)}:
+                return f"{shard['name']} has the entries {', '.join(shard)[:200]}"
+            counts, sums = (shard["samples"], shard["bytes"]), (shard["sha256"], shard["index_sha256"])
+            if not all(type(n) is int and n >= 0 for n in counts) or not all(isinstance(text, str) for text in sums):
+                return f"{shard['name']}: samples and bytes are whole numbers, its digests are texts"
+            if counts[0] > MAX_SAMPLES:
+                return f"{shard['name']} has {counts[0]} samples, allowed are {MAX_SAMPLES}"
+    return ""
 
 
 def write_rejects(folder: Path, columns: Sequence[str], entries: Iterable[Sequence[str]]) -> None:
@@ -615,6 +641,8 @@ def _row_checksum(
 def _map_arrays(path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """The arrays of a safetensors file as views of the mapped file, of which no byte is read before it is used, and its
     metadata."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; pack or index again")
     try:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -162,6 +162,8 @@ def read_episodes(path: Path) -> list[Episode]:
 
     Raises ValueError or OSError naming the episode and what is wrong with it.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file; name a JSON file of episodes")
     if path.stat().st_size > MAX_EPISODE_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; allowed are {MAX_EPISODE_BYTES}")
     try:

@@ -159,7 +159,8 @@ def _die_with(parent: int) -> None:
 
 def _main(parent: int, socket_descriptor: int, memory_descriptor: int, cell: int, *shape: int) -> None:
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends us
+    for signum in (signal.SIGINT, signal.SIGTERM):  # also of a launcher that sends it to all: the trainer ends us
+        signal.signal(signum, signal.SIG_IGN)
     slots, clips, frames, height, width, channels = shape
     try:
         channel = Channel(socket(fileno=socket_descriptor))

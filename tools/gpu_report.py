@@ -31,6 +31,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,8 @@ def _run(part: Part, output: Any, seconds: float) -> str:
     environment = {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **part.environment}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": output}
     command = [sys.executable, *part.command]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    listens = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # ours may be deaf: a job in the background
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, preexec_fn=listens, **pipes)
     try:
         return "failed" if process.wait(seconds) else "done"
     except subprocess.TimeoutExpired:

@@ -45,7 +45,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class Control:
-    """Of one process; use as a context manager around a run, from the main thread or another.
+    """Of one process; use as a context manager around a run. Signals are heard where that is the main thread.
 
     A signal before the first step is done, or after the last, raises `Stopped` where it strikes. In between it is
     noted: `ends_after` tells when to stop. A second Ctrl-C ends the process at once.
@@ -154,7 +154,8 @@ class Control:
             return
         if not self._softly:
             self._asked = signum
-            raise Stopped(signum, "outside of its steps: go on with --resume, from what was saved before")
+            saved = "after its last step; that is saved" if self._finished else "before its first step was done"
+            raise Stopped(signum, f"{saved}; go on with --resume")
         if self._socket is None:
             self._asked = signum
         else:

@@ -364,6 +364,8 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
 
 
 def _require_size(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file of segments")
     if path.stat().st_size > MAX_FILE_BYTES:
         raise ValueError(f"{path} has {path.stat().st_size} bytes; allowed are {MAX_FILE_BYTES}")
 

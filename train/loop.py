@@ -143,7 +143,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
                 losses.wait()  # the device has done the warm-up steps
                 clock.start_measuring()
             ends, seen, before = step == job.num_steps, step * batch.total, (step - 1) * batch.total
-            stops = not ends and job.control.ends_after(step)
+            stops = job.control.ends_after(step) and not ends
             saves = ends or stops or crosses(step, step - 1, config.train.checkpoint_every)
             evaluates = ends or crosses(seen, before, config.train.eval_every * job.shards.num_kept)
             if saves or evaluates or step % job.log_every == 0:

@@ -69,6 +69,7 @@ DEEPSPEED_KEYS: dict[str, Any] = {
     "wall_clock_breakdown": bool,  # shown with log_level info
     "log_level": str,
 }
+MAX_BYTES = 2**20  # of a recipe or a DeepSpeed file; those here have 2 kB
 _ONLY_IN_RECIPES = {"scheduler": "section [schedule]", "lr": "optimizer.lr", "learning_rate": "optimizer.lr"}
 
 
@@ -357,9 +358,15 @@ def _hint(key: str) -> str:
 
 def _parse_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(_read_text(path))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from error
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; allowed are {MAX_BYTES}")
+    return path.read_text(encoding="utf-8")
 
 
 def _flatten(document: Mapping[str, Any], path: str) -> Iterable[tuple[str, str, Any]]:
@@ -382,8 +389,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no such DeepSpeed file: {path}")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_duplicates(path))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        document = json.loads(_read_text(path), object_pairs_hook=_no_duplicates(path))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(document, dict):
         raise ValueError(f"{path} is not a JSON object")

@@ -380,10 +380,13 @@ def test_waiting_is_measured(tmp_path: Path) -> None:
 
 
 def link_shards(folder: Path, count: int, samples: int) -> None:
-    """Gives the first shard and its index `count` names; the manifest says that each holds so many samples."""
+    """Gives the first shard and its index `count` names; the manifest says that each holds so many samples, for which
+    the tar becomes long enough without taking more of the disk."""
     manifest = json.loads((folder / "manifest.json").read_text())
     (first,) = manifest["splits"]["train"]["shards"]
-    shards = [first | {"name": f"train-{i:06d}.tar", "samples": samples} for i in range(count)]
+    size = max(first["bytes"], 512 * samples)
+    os.truncate(folder / first["name"], size)
+    shards = [first | {"name": f"train-{i:06d}.tar", "samples": samples, "bytes": size} for i in range(count)]
     for shard in shards[1:]:
         for path in (folder / first["name"], index_path_of(folder / first["name"])):
             os.link(path, path.with_name(path.name.replace("000000", shard["name"][6:12])))

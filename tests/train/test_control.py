@@ -6,8 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.shell import LAUNCHER
-from tests.train.runs import FP32, arguments, metrics, run_here, start, trace
+from tests.train.runs import FP32, arguments, metrics, run_here, trace
 from tests.train.together import Together
 from train.checkpoint import newest_checkpoint
 from train.control import Control, Stopped, _Relay, _watch_launcher
@@ -153,35 +151,24 @@ def test_a_signal_before_the_first_step_leaves_nothing_to_save(
 ) -> None:
     monkeypatch.setattr("train.start._opening", lambda job: signal.raise_signal(signal.SIGTERM))
     assert main(arguments(packed, tmp_path / "run", FP32)) == 143
-    assert "stopped by SIGTERM outside of its steps" in capsys.readouterr().err
+    assert "stopped by SIGTERM before its first step was done" in capsys.readouterr().err
     assert newest_checkpoint(tmp_path / "run") is None
 
 
 def test_a_second_interrupt_ends_at_once_and_workers_with_it(packed: Path, tmp_path: Path) -> None:
-    """Here a step that never ends; the first is noted, a SIGTERM after it is the launcher's."""
-    code = (
-        "import sys, time, train.step\n"
-        "original, calls = train.step.Step.loss, []\n"
-        "def loss(self, batch):\n"
-        "    calls.append(0)\n"
-        "    while len(calls) > 3: time.sleep(0.01)\n"
-        "    return original(self, batch)\n"
-        "train.step.Step.loss = loss\n"
-        "from train.main import main\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    process = start(sys.executable, "-c", code, *arguments(packed, tmp_path / "run", *LONG))
-    wait_for(lambda: steps(tmp_path / "run") >= 3 or process.poll() is not None, "no step")
-    workers = children(process.pid)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        process.wait(1.2)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=5)
-    assert process.returncode == 130 and errors.strip().endswith("ended at once, nothing more is saved")
-    assert workers
-    wait_for(lambda: not any(map(lives, workers)), "workers are left", 5)
+    """In a step that never ends; the first is noted, a SIGTERM after it is the launcher's."""
+    with Together(tmp_path, arguments(packed, tmp_path / "run", *LONG), processes=1, hang_at=4) as run:
+        wait_for(lambda: steps(tmp_path / "run") >= 3, "no step")
+        workers = children(run.ranks[0].pid or 0)
+        run.send(0, signal.SIGINT)
+        run.send(0, signal.SIGTERM)
+        run.ranks[0].join(1.2)
+        assert run.ranks[0].exitcode is None
+        run.send(0, signal.SIGINT)
+        assert run.end() == [130]
+        assert workers
+        wait_for(lambda: not any(map(lives, workers)), "workers are left", 5)
+    assert run.said()[-1] == "interrupted again: ended at once, nothing more is saved"
 
 
 # --- the agreement by itself

@@ -1,4 +1,4 @@
-"""Runs of two processes that are forked from one which has everything imported: what they said and how they ended."""
+"""Runs in processes that are forked from one which has everything imported: what they said and how they ended."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Mapping
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -30,8 +31,25 @@ def poison(patch: pytest.MonkeyPatch, *steps: int) -> None:
     patch.setattr(Step, "loss", loss)
 
 
-def rank_main(rank: int, world: int, port: int, errors: str, argv: list[str], nan_at: dict[int, int]) -> None:
-    """One process; `nan_at`: rank → the step in which its loss is NaN."""
+def hang(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Lets the micro-batch of this number never end."""
+    from train.step import Step
+
+    original, calls = Step.loss, itertools.count(1)
+
+    def loss(self: Step, batch: Any) -> Tensor:
+        hangs = next(calls) == step
+        while hangs:
+            time.sleep(0.01)
+        return original(self, batch)
+
+    patch.setattr(Step, "loss", loss)
+
+
+def rank_main(
+    rank: int, world: int, port: int, errors: str, argv: list[str], nan_at: dict[int, int], hang_at: int
+) -> None:
+    """One process of a run."""
     os.dup2(os.open(f"{errors}-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     from train.main import main
 
@@ -39,20 +57,32 @@ def rank_main(rank: int, world: int, port: int, errors: str, argv: list[str], na
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     if rank in nan_at:
         poison(pytest.MonkeyPatch(), nan_at[rank])
+    if hang_at:
+        hang(pytest.MonkeyPatch(), hang_at)
     run_cli(lambda: one_of_several(lambda: main(argv)))
 
 
 class Together:
-    """Two processes of a run; as a context manager, so that none outlives its test."""
+    """Some processes of a run; as a context manager, so that none outlives its test."""
 
-    def __init__(self, tmp_path: Path, argv: list[str], nan_at: Mapping[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        tmp_path: Path,
+        argv: list[str],
+        *,
+        processes: int = 2,
+        nan_at: Mapping[int, int] | None = None,
+        hang_at: int = 0,
+    ) -> None:
+        """`nan_at`: rank → the step in which its loss is NaN; `hang_at`: the step that none of them ends."""
         forks = multiprocessing.get_context("forkserver")
         forks.set_forkserver_preload(["train.start", "train.control", "deepspeed"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._errors = tmp_path / "errors"
-        places = [(rank, 2, port, str(self._errors), argv, dict(nan_at or {})) for rank in range(2)]
+        more = (str(self._errors), argv, dict(nan_at or {}), hang_at)
+        places = [(rank, processes, port, *more) for rank in range(processes)]
         self.ranks: list[BaseProcess] = [forks.Process(target=rank_main, args=place) for place in places]
 
     def __enter__(self) -> Together:
@@ -76,5 +106,5 @@ class Together:
 
     def said(self) -> list[str]:
         """The lines on stderr."""
-        paths = [self._errors.with_name(f"errors-{rank}") for rank in range(2)]
+        paths = [self._errors.with_name(f"errors-{rank}") for rank in range(len(self.ranks))]
         return [line for path in paths for line in path.read_text().splitlines()]
