@@ -59,6 +59,8 @@ NOT_RUN = {
         "needs Kinetics-400 and GPUs; tests/train/test_loop.py starts two processes as two machines",
     ),
     "python tools/compare_runs.py runs/my_videos runs/prompts": "tests/tools/test_compare_runs.py",
+    "deepspeed train/main.py --recipe my_videos --set model.name=tiny-clip --set model.pretrained=shapes --set "
+    "ds.train_batch_size=8": "is what SMALLER makes of the command above it",
     "make setup": "ran before this test could",
     "source .venv/bin/activate": "the tests already run inside that environment",
 }
