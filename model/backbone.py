@@ -38,8 +38,14 @@ def load_image_tower(name: str, pretrained: str, *, normalisation: str = "", tex
         ValueError: unknown name or tag, weights that cannot be had, an activation that does not fit the weights, or a
             structure that no method here can adapt.
     """
-    mean_std = _normalisation(normalisation)
-    if _is_of_timm(name):
+    mean_std, of_timm = _normalisation(normalisation), _is_of_timm(name)
+    tiny, shapes = open_clip_models.TINY_CLIP, open_clip_models.TINY_CLIP_TAG
+    if pretrained == shapes and name != tiny:
+        raise ValueError(
+            f"model {name} has no weights {shapes!r}, which are those of {tiny}: add --set model.name={tiny}, or name "
+            f"weights of {name} by --set model.pretrained=…"
+        )
+    if of_timm:
         if text_tower:
             raise ValueError(
                 f"this method, or this option of it, needs a text tower, and {name} has none; choose a CLIP model such "

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from model.geometry import RANDOM_WEIGHTS, CLIPGeometry, ImageTower, ViTGeometry
-from model.timm_models import FILE_ENDINGS, clip_names, differs_from_vit, quiet, read_geometry
+from model.timm_models import FILE_ENDINGS, clip_names, differs_from_vit, fetching, quiet, read_geometry
 from model.weight_files import read_tensors
 
 TINY_CLIP = "tiny-clip"
@@ -108,22 +108,18 @@ def load_clip(name: str, pretrained: str) -> nn.Module:
         archive, source = _openai_archive(name, Path(pretrained)), None
     elif is_file:
         read_tensors(Path(pretrained))  # it says better what is wrong with a file than open_clip does
+    is_tag = source == pretrained and not is_file
     try:
-        with quiet():
+        with fetching(name, pretrained, hub_name(name, pretrained)) if is_tag else quiet():
             model = open_clip.create_model(name, pretrained=source, precision="fp32", weights_only=True).eval()
             if archive is not None:
                 model.load_state_dict(archive)
             return model
-    except Exception as error:  # open_clip, the hub client and urllib each raise their own kinds
-        if source is None and archive is None:
+    except Exception as error:  # open_clip raises many kinds for a file that does not fit
+        if not is_file:
             raise
         reason = " ".join(str(error).split())[:200]
-        if is_file:
-            raise ValueError(f"cannot load weights {pretrained!r} of {name}: {reason}") from error
-        raise ValueError(
-            f"cannot load weights {pretrained!r} of {name}: {reason}. A tag needs a network the first time; without "
-            f"one give a local .safetensors file, or the shipped model name={TINY_CLIP!r} pretrained={TINY_CLIP_TAG!r}"
-        ) from error
+        raise ValueError(f"cannot load weights {pretrained!r} of {name}: {reason}") from error
 
 
 def word_tokens(text: str) -> list[int]:
@@ -178,10 +174,13 @@ def _weight_source(name: str, pretrained: str) -> str | None:
         return pretrained
     tags = open_clip.list_pretrained_tags_by_model(name)
     if pretrained not in tags:
-        shipped = [TINY_CLIP_TAG] if name == TINY_CLIP else tags
+        if name == TINY_CLIP:
+            allowed = f"{TINY_CLIP_TAG} (--set model.pretrained={TINY_CLIP_TAG})"
+        else:
+            allowed = ", ".join(tags) or "no tag"
         raise ValueError(
-            f"model {name} has no weights {pretrained!r}; allowed: {', '.join(shipped) or 'no tag'}, a .safetensors "
-            f"file, or {RANDOM_WEIGHTS!r} for random weights"
+            f"model {name} has no weights {pretrained!r}; allowed: {allowed}, a .safetensors file, or "
+            f"{RANDOM_WEIGHTS!r} for random weights"
         )
     trained_with_quick_gelu = bool(open_clip.get_pretrained_cfg(name, pretrained).get("quick_gelu", False))
     if trained_with_quick_gelu != quick_gelu:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
+import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -265,15 +268,8 @@ def _downloaded(name: str, tag: str, config: Any) -> Path:
     """The weight file of a tag, from the hub or its cache."""
     from huggingface_hub import hf_hub_download
 
-    try:
-        with quiet():
-            return Path(hf_hub_download(repo_id=config.hf_hub_id, filename="model.safetensors"))
-    except Exception as error:  # the hub's client and its HTTP library each raise their own kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"cannot load weights {tag!r} of {name}: {reason}. A tag needs a network the first time; without one give "
-            "a local .safetensors file"
-        ) from error
+    with fetching(name, tag, config.hf_hub_id):
+        return Path(hf_hub_download(repo_id=config.hf_hub_id, filename="model.safetensors"))
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -301,6 +297,30 @@ def _fitting(
         if value.shape != wanted[key].shape:
             raise ValueError(f"{what} do not fit: {key} is {list(value.shape)} instead of {list(wanted[key].shape)}")
     return {key: value.float() for key, value in given.items()}
+
+
+@contextlib.contextmanager
+def fetching(name: str, tag: str, repository: str | None) -> Iterator[None]:
+    """Around what loads the weights of a tag from the Hugging Face hub or its cache: tells that they are fetched, for
+    without a network the hub's client tries for long; ValueError with what to type instead where they cannot be had."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = Path(HF_HUB_CACHE, f"models--{str(repository).replace('/', '--')}", "snapshots")
+    if not any(files.glob("*/*")) and os.environ.get("RANK", "0") == "0":
+        told = f"fetching weights {tag} of {name} (without a network this fails after a minute)"
+        print(told, file=sys.stderr, flush=True)
+    try:
+        with quiet():
+            yield
+    except Exception as error:  # open_clip, the hub's client and its HTTP library each raise their own kinds
+        cause: BaseException = error
+        while (deeper := cause.__cause__ or cause.__context__) is not None:  # the others tell it again, at length
+            cause = deeper
+        reason = textwrap.shorten(str(cause), 200, placeholder=" …").rstrip(".") or type(cause).__name__
+        raise ValueError(
+            f"cannot load weights {tag!r} of {name}: {reason}. A tag needs a network the first time; without one: "
+            "--set model.pretrained=FILE.safetensors, or --set model.name=tiny-clip --set model.pretrained=shapes"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Annotation files as they are published: one reader a format turns a file into rows, `recognise` says which it is.
 
     list         `path label [split]` as of MMAction2, SlowFast, VideoMAE, V-JEPA, with spaces, tabs, `,`, `;` or `::`
-                 between them; or a table with a header: path, label or labels (joined by `;`), split, others ignored
+                 between them; or a table with a header: path, label or labels (joined by `;`), split; others are named
     multi-label  `path label label …` without a header, MMAction2's multi_class lists
     frames-list  `folder frames label …`, lists of extracted frames, where folder.<suffix> is the video
     kinetics     label, youtube_id, time_start, time_end, split: Kinetics-400, 600, 700
@@ -74,7 +74,7 @@ class Contents:
     several: bool = False
     """Whether a video may have several labels, or none."""
     note: str = ""
-    """What was left out."""
+    """What was left out, for the user."""
 
 
 class Unlabelled(ValueError):
@@ -233,7 +233,15 @@ def _read_table(path: Path, lines: Sequence[tuple[int, str]], separator: str, co
         labels = tuple(label.strip() for label in text.split(";") if label.strip()) if several else (text,)
         split = _split_word(fields[columns["split"]], where) if "split" in columns else None
         rows.append(Row(number, (fields[columns["path"]],), labels, split))
-    return Contents(rows, several)
+    unused = _unused_columns(_fields(lines[0][1], separator, f"{path}, line 1"), columns)
+    return Contents(rows, several, f"columns not used: {', '.join(unused)}" if unused else "")
+
+
+def _unused_columns(names: Sequence[str], columns: dict[str, int]) -> list[str]:
+    """Of a header; as a hostile file may hold anything, what does not print is escaped."""
+    used = {place for key, place in columns.items() if key != "label" or "labels" not in columns}
+    unused = [name[:100] for place, name in enumerate(names) if place not in used and name]
+    return [name if name.isprintable() else ascii(name) for name in unused]
 
 
 def _read_multi_label(path: Path) -> Contents:

@@ -108,23 +108,22 @@ def list_videos(
         raise ValueError(f"annotation format {annotation_format!r}: allowed are auto, {', '.join(FORMATS)}")
     if annotations:
         listing = _from_files(source, _collect(annotations, annotation_format, fold), max_missing)
-        has_splits = any(video.split != "train" for video in listing.videos)
     elif annotation_format != "auto":
         raise ValueError(f"annotation format {annotation_format} needs files: name them with --annotations")
     else:
-        listing, has_splits = _from_folders(source)
+        listing = _from_folders(source)
     what = ", ".join(map(str, annotations)) or source
     if len(listing.classes) < 2:
         names = ", ".join(listing.classes) or "none"
         raise ValueError(f"{what} holds {len(listing.classes)} class ({names}); two or more are needed")
-    if val_fraction and has_splits:
+    if val_fraction and any(video.split != "train" for video in listing.videos):
         raise ValueError(f"{what} says which video is in which split: leave out the val fraction")
     if val_fraction:
         listing = replace(listing, videos=_split_off(listing, val_fraction, seed))
     return listing
 
 
-def _from_folders(source: Path) -> tuple[Listing, bool]:
+def _from_folders(source: Path) -> Listing:
     folders = subfolders(source)
     if not folders:
         raise ValueError(f"{source} holds no folders; expected one folder for each class, or an annotation file")
@@ -155,7 +154,7 @@ def _from_folders(source: Path) -> tuple[Listing, bool]:
             others += files.names(top.name)
     videos.sort(key=lambda video: video.path.parts)
     classes = _sort_classes({name for video in videos for name in video.labels})
-    return Listing(tuple(videos), classes, other_files=Counter(map(suffix_of, others))), has_splits
+    return Listing(tuple(videos), classes, other_files=Counter(map(suffix_of, others)))
 
 
 @dataclass(frozen=True, slots=True)

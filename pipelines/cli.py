@@ -9,13 +9,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+ACTIVATE = "source .venv/bin/activate"
+_VENV = Path(__file__).resolve().parents[1] / ".venv"
+
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Runs `main` and exits with its status (None counts as 0).
 
     Bad input is reported by the library as ValueError or OSError; a user sees its text as one line, never a
-    traceback, and exit status 2. `TRACEBACK=1` in the environment shows where it came from. Anything else is a
-    defect of ours and keeps its traceback.
+    traceback, and exit status 2. `TRACEBACK=1` in the environment shows where it came from. So is a package that
+    another Python than the project's lacks. Anything else is a defect of ours and keeps its traceback.
     """
     try:
         status = main() or 0
@@ -32,7 +35,18 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
             raise
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         status = 2
+    except ModuleNotFoundError as error:
+        if not is_other_python() or os.environ.get("TRACEBACK") == "1":
+            raise
+        which = f"{sys.executable}, not the project's Python"
+        print(f"error: no package {error.name} in {which}: {ACTIVATE}", file=sys.stderr)
+        status = 2
     sys.exit(status)
+
+
+def is_other_python() -> bool:
+    """Whether this is not the Python of .venv, where `make setup` has put every package."""
+    return Path(sys.prefix).resolve() != _VENV.resolve() and any(_VENV.glob(".setup-*"))
 
 
 def writable(path: Path, option: str) -> Path:

@@ -44,6 +44,16 @@ def cut_short(file: BinaryIO, num_bytes: int) -> str | None:
     return None
 
 
+def no_video_at_all(file: BinaryIO) -> str | None:
+    """What a file is that stands where a video should, as downloads leave it; None where that is not known."""
+    head = _read(file, 0, 400).removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if head.startswith(b"version https://git-lfs.github.com/"):
+        return "a Git LFS pointer: run git lfs pull"
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "an HTML page, not a video"
+    return None
+
+
 def last_box_is_cut(file: BinaryIO, num_bytes: int) -> bool:
     """Whether the last top-level box of an mp4 promises more bytes than there are."""
     at = 0

@@ -2,6 +2,7 @@
 
     .NAME.packing/journal.jsonl    first line: what is packed, and how; then one line for each finished shard
     .NAME.packing/shards/          becomes the folder NAME when all is done
+    .NAME.packing/rejects.tsv      where the run ended because nothing of a split could be used: why
 
 A line is written, durably, after its shard and the index beside it have their final names: what the journal lists is
 whole, and everything else is made again. A line says all that the report and the manifest need of the shard's videos
@@ -17,12 +18,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pipelines.shards import ShardInfo, index_path_of
+from pipelines.shards import ShardInfo, index_path_of, write_rejects
 
 _VERSION = 1
 _NAME = "journal.jsonl"
@@ -76,16 +77,19 @@ class Journal:
         """Opens the journal of the run that `header` describes (flat, plain values), or begins one.
 
         `restart` throws away what was there. Raises FileExistsError when another program is packing there or the
-        folder is not ours, ValueError, naming the difference, when it holds another run.
+        folder is not ours, ValueError, naming the difference, when it holds finished shards of another run.
         """
         self.folder = folder
         self.shards = folder / "shards"
+        self.rejects = folder / "rejects.tsv"
+        """There once `write_rejects` was called."""
         self._entries: list[tuple[FinishedShard, int]] = []
         self._end = 0
         self._file = _open_locked(folder)
         try:
+            self.rejects.unlink(missing_ok=True)  # of the run before
             found = None if restart else self._read()
-            if found is not None:
+            if found is not None and self._entries:
                 _check_same_run(folder, found, header)
             else:
                 self._begin(header)
@@ -120,6 +124,10 @@ class Journal:
         """Notes a finished shard durably."""
         self._write({"split": shard.split, "info": asdict(shard.info), "outcomes": [asdict(o) for o in shard.outcomes]})
         self.num_finished += 1
+
+    def write_rejects(self, columns: Sequence[str], entries: Iterable[Sequence[str]]) -> None:
+        """Leaves a list of what could not be used, for a run that ends without a set."""
+        write_rejects(self.folder, columns, entries)
 
     def what_is_kept(self) -> str:
         """For the end of an error's text."""

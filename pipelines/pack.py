@@ -7,7 +7,7 @@ At most a few encoded videos per worker are held in memory, also while the write
 Everything is written into `.NAME.packing` beside the output folder and given its name at the end, so the output folder
 is there whole or not at all. A run that ends early, killed, interrupted or for want of space, leaves its finished
 shards there (`journal.py`); the same call then goes on from them and ends with the same bytes as one that was left
-alone. Without a finished shard nothing is left.
+alone. Without a finished shard nothing is left, but for the list of rejects where these were all of a split.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from pipelines.video import VideoError
 _Result = tuple[EncodedVideo, int] | Reject  # what a worker makes of a video; the number is its source's bytes
 
 _VIDEOS_AHEAD = 3  # per worker: how far workers may run ahead of the writer
+_REJECT_COLUMNS = ("path", "reason", "detail")
 _LOST_IN_A_ROW = 20  # videos that cannot be read one after another: that is a broken disk or share, not broken videos
 
 
@@ -141,7 +142,7 @@ def pack_videos(
         packer = _Packer(source, listing, plan, settings, journal, on_video)
         packer.replay()
         packer.pack(workers)
-        _write_rejects(journal.shards, packer.report)
+        write_rejects(journal.shards, _REJECT_COLUMNS, _reject_entries(packer.report))
         write_manifest(journal.shards, _manifest(listing, settings, packer.report))
     return packer.report
 
@@ -165,7 +166,7 @@ def writing_set(out: Path, header: Mapping[str, Any], *, restart: bool) -> Itera
             raise OSError(f"no space left for {out}{journal.what_is_kept()}") from error
         raise
     finally:
-        if not journal.num_finished:
+        if not journal.num_finished and not journal.rejects.exists():
             journal.remove()
         journal.close()
 
@@ -325,9 +326,16 @@ class _Packer:
         counts = Counter(reject.reason for _, reject in rejects)
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts.most_common())
         path, reject = rejects[0]
+        self._journal.write_rejects(_REJECT_COLUMNS, _reject_entries(self.report))
+        kept = self._journal.num_finished
         raise ValueError(
             f"every one of the {len(members)} videos of split {split} was rejected ({reasons}); the first: {path}: "
-            f"{reject.reason}: {reject.detail}{self._journal.what_is_kept()}"
+            f"{reject.reason}: {reject.detail}; all are listed in {self._journal.rejects}. Repair these files and give "
+            "the same command again"
+            + f", which goes on from {kept} finished shards" * bool(kept)
+            + "; or remove them"
+            + ", or take a larger --val-fraction if that made the split" * (split == "val")
+            + (", and add --restart" if kept else "")
         )
 
 
@@ -373,10 +381,10 @@ def _encode(settings: PackSettings, path: Path) -> _Result:
         return Reject("internal_error", f"{type(error).__name__}: {error}")
 
 
-def _write_rejects(folder: Path, report: PackReport) -> None:
+def _reject_entries(report: PackReport) -> list[tuple[str, str, str]]:
+    """The lines of rejects.tsv."""
     rejects = sorted(report.rejects, key=lambda entry: entry[0])
-    entries = [(os.fsencode(path).decode("utf-8", "replace"), r.reason, r.detail) for path, r in rejects]
-    write_rejects(folder, ("path", "reason", "detail"), entries)
+    return [(os.fsencode(path).decode("utf-8", "replace"), r.reason, r.detail) for path, r in rejects]
 
 
 def _manifest(listing: Listing, settings: PackSettings, report: PackReport) -> dict[str, Any]:

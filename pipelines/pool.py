@@ -13,6 +13,7 @@ import logging
 import mmap
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from socket import socketpair
 
 import numpy as np
 
+from pipelines.processes import deaf_children
 from pipelines.read import ClipRequest
 from pipelines.worker import CELL_BYTES, PIXEL_CHANNELS, Channel, Shape, Task, cells_start
 
@@ -173,7 +175,8 @@ class _Worker:
         self.channel = Channel(ours)
         descriptors = (theirs.fileno(), memory_descriptor)
         arguments = (os.getpid(), *descriptors, cell, *shape)
-        with theirs:
+        # A launcher, or the kernel, sends these to all, and the trainer may need its workers for the step it is at.
+        with theirs, deaf_children(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "pipelines.worker", *map(str, arguments)],
                 pass_fds=descriptors,

@@ -15,8 +15,9 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
 
@@ -42,6 +43,17 @@ class _Process:
     connection: Connection
     task: int | None = None
     deadline: float = math.inf
+
+
+@contextlib.contextmanager
+def deaf_children(*signals: signal.Signals) -> Iterator[None]:
+    """Processes that this thread starts within never hear these signals, not even while they import; what comes for
+    this thread is heard afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def map_isolated(
@@ -95,7 +107,9 @@ def map_isolated(
 def _start(function: Callable[[Any], Any]) -> _Process:
     here, there = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_work, args=(there, function), daemon=True)
-    process.start()
+    resource_tracker.ensure_running()  # with the first process, and that would unblock SIGINT
+    with deaf_children(signal.SIGINT):  # the parent decides what Ctrl-C means
+        process.start()
     there.close()
     return _Process(process, here)
 
@@ -135,7 +149,6 @@ def _collect(
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
     """The life of a process: answers what it is given until the parent closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     resource.setrlimit(resource.RLIMIT_AS, (_MAX_BYTES if hard < 0 else min(_MAX_BYTES, hard), hard))
     threading.Thread(target=_end_with_parent, daemon=True).start()

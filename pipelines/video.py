@@ -28,7 +28,7 @@ from av.stream import Disposition
 from av.video.reformatter import ColorRange, Interpolation
 from numpy.typing import NDArray
 
-from pipelines.containers import cut_short, last_box_is_cut, mp4_is_encrypted
+from pipelines.containers import cut_short, last_box_is_cut, mp4_is_encrypted, no_video_at_all
 from pipelines.shards import MAX_SIDE
 
 MAX_PIXELS = 2**26  # twice 8K; one frame in 10-bit 4:4:4 is then 400 MB
@@ -320,7 +320,8 @@ def open_video(source: Path | bytes) -> Iterator[Reader]:
         except av.error.FFmpegError as error:
             if last_box_is_cut(file, num_bytes):
                 raise VideoError("truncated", _LAST_BOX_IS_CUT) from error
-            text = f"not a whole file of a known video container: {error.strerror or error}"
+            known = no_video_at_all(file)
+            text = known or f"not a whole file of a known video container: {error.strerror or error}"
             raise VideoError("unreadable", text) from error
         with container:
             try:

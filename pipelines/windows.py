@@ -28,6 +28,7 @@ MAX_OVERLAP = 32
 """Windows that a moment may lie in: what they share is held in memory."""
 MAX_WINDOWS = 100_000
 _SLACK_SECONDS = 1e-6
+_LEAST_STEP = 0.1  # of the stride, to a last window: one that begins sooner shows what the one before it did
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +96,17 @@ def cut_windows(
 ) -> list[Window]:
     """Windows that begin at every multiple of the stride until one reaches the end; the last one ends with the video,
     which may bring its beginning forward, so that all are of one length (of a shorter video the only one is shorter).
+    It is left out where that is less than a tenth of the stride after the one before it.
 
     `times`: when each frame appears, the first at 0; `seconds`: when the last one ends.
     """
-    steps = max(0, math.ceil((seconds - window_seconds - _SLACK_SECONDS) / stride_seconds))
+    last_start = max(0.0, seconds - window_seconds)
+    steps = max(0, math.ceil((last_start - max(_LEAST_STEP * stride_seconds, _SLACK_SECONDS)) / stride_seconds))
     if steps >= MAX_WINDOWS:
         raise ValueError(f"{steps + 1} windows in {seconds:.0f} s; allowed are {MAX_WINDOWS}: choose a longer stride")
     windows = []
     for step in range(steps + 1):
-        start = step * stride_seconds if step < steps else max(0.0, seconds - window_seconds)
+        start = min(step * stride_seconds, last_start)
         end = min(start + window_seconds, seconds)
         first = int(np.searchsorted(times, start + _SLACK_SECONDS, "right")) - 1  # on display since before
         after = int(np.searchsorted(times, end - _SLACK_SECONDS, "left"))

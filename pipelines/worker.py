@@ -3,7 +3,8 @@
 Started by the pool (`pool.py`) as `python -m pipelines.worker` with two inherited descriptors, so it shares nothing
 with the trainer but a socket of requests and a block of memory: if a decoder crashes or hangs on a stranger's bytes,
 only this process does. It opens no manifest and no index and imports neither torch nor DeepSpeed (start 0.6 s of CPU
-time, 130 MB), and for clips of frame features no decoder either. It dies with the trainer, however that ends.
+time, 130 MB), and for clips of frame features no decoder either. It hears no signal that is for the trainer, and dies
+with it, however that ends.
 """
 
 from __future__ import annotations
@@ -159,8 +160,6 @@ def _die_with(parent: int) -> None:
 
 def _main(parent: int, socket_descriptor: int, memory_descriptor: int, cell: int, *shape: int) -> None:
     _die_with(parent)
-    for signum in (signal.SIGINT, signal.SIGTERM):  # also of a launcher that sends it to all: the trainer ends us
-        signal.signal(signum, signal.SIG_IGN)
     slots, clips, frames, height, width, channels = shape
     try:
         channel = Channel(socket(fileno=socket_descriptor))

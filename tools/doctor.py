@@ -33,7 +33,7 @@ if not __package__:  # started as a script: the project's root, not tools/, is w
 
 # Nothing that needs a package of others: a Python without them is what this program finds most often.
 from pipelines.cli import run_cli, writable
-from tools.parts.doctor_machine import FALLBACK, PROBLEM, Row, machine_rows
+from tools.parts.doctor_machine import FALLBACK, PROBLEM, Row, machine_rows, wrong_python
 from tools.parts.doctor_trials import try_all
 
 GROUPS = (("DALI, CPU", "FFmpeg, CPU"), ("GPU", "nvJPEG", "NVDEC", "attention", "Triton kernel"), ("DeepSpeed",))
@@ -76,7 +76,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def examine(shards: Path | None, videos: Path | None) -> list[Row]:
-    """All rows, in the order of the screen."""
+    """All rows, in the order of the screen; of another Python than the project's only that it is one."""
+    if (row := wrong_python()) is not None:
+        return [row]
     groups = [[(name, "") for name in group] for group in GROUPS]
     data = [(name, os.fspath(folder)) for name, folder in (("set", shards), ("videos", videos)) if folder]
     if sys.stderr.isatty():

@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from statistics import mean
@@ -39,11 +40,11 @@ if not __package__:  # started as a script: the project's root, not tools/, is w
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from pipelines.cli import run_cli
 from pipelines.decode import ClipDecoder
 from pipelines.encode import FrameChoice, encode_video
+from pipelines.files import printable
 from pipelines.pack import PackSettings
 from pipelines.plan import EVAL_EPOCH, SAMPLINGS, ClipOptions, ClipPlan, Turn, plan_clip
 from pipelines.read import ClipRequest, request_clip
@@ -52,6 +53,7 @@ from pipelines.source_files import SourceFiles, is_video
 from pipelines.video import VideoError, file_frames
 from tools.make_shards import SHORT_SIDE
 from tools.parts.bench_sources import scaled
+from tools.parts.progress import Progress
 
 PSNR_FRAMES = 12  # of each stored video
 PLANNED_CLIPS = 32  # of each video, on which `repeats` and `uneven` are judged
@@ -59,6 +61,8 @@ SIZE = 224  # pixels a side of a decoded clip
 CPU_SECONDS = 0.25  # of decoding for each video, profile, rate and pattern
 CLIPS_A_CALL = 8  # as a decode worker gets them
 AS_FAST = 0.9  # of the fastest: then the smaller one is recommended
+NEAR_DB = 1.0  # under the quality that is asked for: a few points of --quality
+MUCH_FASTER = 2.0  # times: then what is so near is recommended all the same
 EQUAL_DB = 99.0
 _SEED = 0
 
@@ -240,18 +244,18 @@ def measure(
     """What every way costs over all videos, and why some were left out."""
     costs = {way: Cost() for way in ways}
     left_out: dict[Path, str] = {}
-    with tqdm(total=len(videos) * 2 * len(ways), unit="step", disable=None) as bar:
+    with Progress(len(videos) * 2 * len(ways), "step") as progress:
         for number, path in enumerate(videos, 1):
-            bar.set_postfix_str(path.name, refresh=False)
+            advance = partial(progress.advance, note=printable(Path(path.name)))
             try:
                 with tempfile.TemporaryDirectory(prefix="estimate_profile-") as folder:
-                    found = _measure_video(path, Path(folder), ways, patterns, short_side, quality, bar.update)
+                    found = _measure_video(path, Path(folder), ways, patterns, short_side, quality, advance)
             except (VideoError, OSError) as error:
                 left_out[path] = str(error)
                 found = {}
             for way, cost in found.items():
                 _add(costs[way], cost)
-            bar.update(number * 2 * len(ways) - bar.n)
+            advance(number * 2 * len(ways) - progress.done)
     return costs, left_out
 
 
@@ -417,7 +421,8 @@ def table(costs: Mapping[Way, Cost]) -> Iterator[str]:
 
 
 def recommend(costs: Mapping[Way, Cost], sampling: str, min_psnr: float, max_bytes: float) -> str:
-    """One sentence: the smallest of the fastest ways that serve the pattern at this quality and within these bytes."""
+    """One sentence: the smallest of the fastest ways that serve the pattern at this quality and within these bytes; or
+    one that is not quite as good but much faster, for then a higher quality costs less than the slow decoding."""
 
     def speed(cost: Cost) -> float:
         return cost.reading[sampling].clips_per_cpu_second
@@ -432,19 +437,42 @@ def recommend(costs: Mapping[Way, Cost], sampling: str, min_psnr: float, max_byt
             f"these keep {min_psnr:g} dB, none within {max_bytes:g} times the bytes; try other --fps, --quality or "
             "--max-bytes."
         )
-    fastest = max(map(speed, fitting.values()))
-    near = {way: cost for way, cost in fitting.items() if speed(cost) >= AS_FAST * fastest}
-    way, cost = min(near.items(), key=lambda item: item[1].stored_bytes)
-    reason = "the smallest of the fastest" if len(near) > 1 else "the fastest"
-    quality = "the source's own frames" if cost.mean_psnr == math.inf else f"{cost.mean_psnr:.1f} dB"
+    way, cost, is_alone = _best(fitting, speed)
+    close = {
+        other: c
+        for other, c in serving.items()
+        if min_psnr - NEAR_DB <= c.mean_psnr < min_psnr
+        and c.bytes_ratio <= max_bytes
+        and speed(c) >= MUCH_FASTER * speed(cost)
+    }
+    if close:
+        faster, c, _ = _best(close, speed)
+        return (
+            f"Recommended: {faster}, and a higher --quality to close the gap of {min_psnr - c.mean_psnr:.1f} dB to "
+            f"{min_psnr:g}: {speed(c):.3g} {sampling} clips a CPU-second ({_quality(c)}, {c.bytes_ratio:.2f} times the "
+            f"bytes) beside {speed(cost):.3g} of {way} ({_quality(cost)}, {cost.bytes_ratio:.2f} times)."
+        )
+    reason = "the fastest" if is_alone else "the smallest of the fastest"
     hint = ""
     if way.profile == "copy" and (others := [(speed(c), str(w), c) for w, c in serving.items() if w not in good]):
         rate, other, lossy = max(others)
         hint = f" ({other} gives {rate:.3g}, but {lossy.mean_psnr:.1f} dB: try a higher --quality)"
     return (
-        f"Recommended: {way}, {reason} {wanted}: {speed(cost):.3g} {sampling} clips a CPU-second, {quality}, "
-        f"{cost.bytes_ratio:.2f} times the bytes{hint}."
+        f"Recommended: {way}, {reason} {wanted}: {speed(cost):.3g} {sampling} clips a CPU-second, "
+        f"{_quality(cost)}, {cost.bytes_ratio:.2f} times the bytes{hint}."
     )
+
+
+def _best(ways: Mapping[Way, Cost], speed: Callable[[Cost], float]) -> tuple[Way, Cost, bool]:
+    """The smallest of the fastest, and whether no other is as fast."""
+    fastest = max(map(speed, ways.values()))
+    near = {way: cost for way, cost in ways.items() if speed(cost) >= AS_FAST * fastest}
+    way, cost = min(near.items(), key=lambda item: item[1].stored_bytes)
+    return way, cost, len(near) == 1
+
+
+def _quality(cost: Cost) -> str:
+    return "the source's own frames" if cost.mean_psnr == math.inf else f"{cost.mean_psnr:.1f} dB"
 
 
 if __name__ == "__main__":

@@ -5,14 +5,14 @@
 The model is built without weights and counted on one clip (see `model.flops`); nothing is run. The table says for each
 recipe (without any: for all of them):
 
-    clips      of the training split: of a published set its published number, else of --set data.shards=FOLDER, or
-               --samples
-    steps      optimizer steps of the whole run
-    at once    clips of a micro-batch on one GPU, and the GB that weights, gradients, optimizer and all that is kept for
-               the backward pass take then; what the allocator and the libraries take comes on top
-    most       the largest micro-batch of 1, 2, 4, … clips that leaves a tenth of --memory free
-    10^18      operations of the whole training, two for each multiply-add, forward and backward
-    hours      at --share of what the maker states for bf16 products on that GPU, waiting for nothing
+    clips               of the training split: of a published set its published number, else of --set
+                        data.shards=FOLDER, or --samples
+    steps               optimizer steps of the whole run
+    micro-batch: GB     clips on one GPU at once, and what weights, gradients, optimizer and all that is kept for the
+                        backward pass take then; what the allocator and the libraries take comes on top
+    largest in 80 GB    micro-batch of 1, 2, 4, … clips that leaves a tenth of --memory free
+    10^18 ops           operations of the whole training, two for each multiply-add, forward and backward
+    hours               at --share of what the maker states for bf16 products on that GPU, waiting for nothing
 
 The share is an assumption until `tools/profile_throughput.py` has measured it on your machine. Takes seconds a recipe.
 """
@@ -109,14 +109,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if peak is None:
         raise ValueError(f"--gpu {arguments.gpu}: no speed is known of it; known are {', '.join(GPU_PEAKS)}")
     speed = arguments.share * peak * arguments.gpus
-    print(f"{'recipe':24} {'clips':>9} {'steps':>8} {'at once':>14} {'most':>5} {'10^18':>7} {'hours':>7}")
+    largest = f"largest in {arguments.memory:g} GB"
+    print(f"{'recipe':24} {'clips':>9} {'steps':>8} micro-batch: GB {largest} 10^18 ops {'hours':>7}")
     for name in arguments.recipes or trainable_recipes():
         known = samples_and_classes(load_config(name, arguments.set, needs_data=False), arguments)
         estimate = estimate_recipe(name, arguments.set, *known)
-        at_once = f"{estimate.micro_batch}: {estimate.memory_gb(estimate.micro_batch):.1f} GB"
+        at_once = f"{estimate.micro_batch}: {estimate.memory_gb(estimate.micro_batch):.1f}"
         print(
-            f"{name:24} {estimate.samples:>9,} {estimate.steps:>8,} {at_once:>14} "
-            f"{estimate.most_clips(arguments.memory):>5} {estimate.operations / 1e18:>7.2g} "
+            f"{name:24} {estimate.samples:>9,} {estimate.steps:>8,} {at_once:>15} "
+            f"{estimate.most_clips(arguments.memory):>{len(largest)}} {estimate.operations / 1e18:>9.2g} "
             f"{_short(estimate.hours(speed)):>7}",
             flush=True,
         )

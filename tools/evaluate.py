@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "packages": installed_versions(PACKAGES),
         }
         metrics = write_report(out, result, shards, settings)
-        print(f"{shards.folder}, split {shards.split}, {views} views, {precision}: {metrics_text(metrics)}")
+        print(f"{shards.folder}, split {shards.split}, {views} views, {precision}: {metrics_text(metrics, len(shards.classes))}")
         print(out, flush=True)
     return 0
 

@@ -22,13 +22,12 @@ from pathlib import Path
 if not __package__:  # started as a script: the project's root, not tools/, is where imports begin
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from tqdm import tqdm
-
 from pipelines.annotations import FORMATS, Listing, list_videos
 from pipelines.cli import run_cli
 from pipelines.encode import DEFAULT_QUALITY, SHRUNK_QUALITY
 from pipelines.pack import PackReport, PackSettings, pack_videos, unfinished_folder
 from pipelines.shards import PROFILES
+from tools.parts.progress import Progress
 
 _QUALITY = f"1 (smallest) to 100 (best) (default: {DEFAULT_QUALITY}, or {SHRUNK_QUALITY} if scaled to half or less)"
 SHORT_SIDE = 256  # pixels: what the published recipes train from
@@ -58,12 +57,13 @@ def main() -> int:
     )
     for note in listing.notes:
         print(note, flush=True)
+    if all(video.split == "train" for video in listing.videos):
+        print("warning: no val split, so training has nothing to evaluate on; add --val-fraction 0.2", flush=True)
     started = time.perf_counter()
-    with tqdm(total=len(listing.videos), unit="video", disable=None) as bar:
+    with Progress(len(listing.videos), "video") as progress:
 
         def advance(report: PackReport) -> None:
-            bar.set_postfix(rejected=len(report.rejects), refresh=False)
-            bar.update()
+            progress.advance(note=f"{len(report.rejects)} rejected")
 
         try:
             report = pack_videos(
@@ -76,7 +76,7 @@ def main() -> int:
                 on_video=advance,
             )
         except (KeyboardInterrupt, SystemExit):
-            bar.close()
+            progress.close()
             if unfinished_folder(args.out).exists():
                 print(
                     f"stopped; finished shards are kept in {unfinished_folder(args.out)}: the same command goes on "

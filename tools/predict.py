@@ -4,7 +4,7 @@
     python tools/predict.py runs/skate clip.mp4 --annotate shown.mp4
     python tools/predict.py runs/skate evening.mp4 --window 2s --stride 1s --annotate shown.mp4
     python tools/predict.py zero_shot.toml clips/ --classes "ollie,kickflip,heelflip"
-    python tools/predict.py runs/k400 --shards SHARDS --json -
+    python tools/predict.py runs/k400 --shards SHARDS --json
 
 CHECKPOINT is a run's folder (its newest checkpoint), one of its checkpoints, or what tools/convert_checkpoint.py made;
 of a method that trains nothing (zero_shot) its recipe. VIDEO is a file, or a folder of which every video is taken. They
@@ -12,17 +12,18 @@ are cut, decoded and averaged as tools/evaluate.py does with a packed set: in as
 --views. A video that cannot be decoded is named with the reason, the others go on, and the exit status is 1; it is 2
 where none can be, or something else is wrong. Probabilities add up to 1, but where a video may have several labels.
 
---json FILE (- for standard output, which then holds nothing else) writes one object: checkpoint, step, classes (their
-number), multi_label, views (CLIPSxCROPS), averaging, num_frames, sampling, interval, precision, device, packages;
-videos, one a line: key (path or sample), labels and probabilities of the likeliest --top classes, views (how many of
-them could be decoded), error (null, or what is wrong); failed, the number of videos with an error.
+--json FILE (alone or with - for standard output, which then holds nothing else) writes one object: checkpoint, step,
+classes (their number), multi_label, views (CLIPSxCROPS), averaging, num_frames, sampling, interval, precision, device,
+packages; videos, one a line: key (path or sample), labels and probabilities of the likeliest --top classes, views (how
+many of them could be decoded), error (null, or what is wrong); failed, the number of videos with an error.
 --csv FILE holds the same labels as a table.
 
 --window SECONDS (2 or 2s) cuts every video into windows of that length, one every --stride (default: as long), and
 writes into --out NAME.csv (start_seconds, end_seconds, label, probability, …) and NAME.png (the leading classes over
 time, pictures of the video, the best class as a coloured bar). Each window is cut as a video of its own, in one view
-unless --views says otherwise; the last one ends with the video. Times are the file's own, from its first picture on. A
-video is decoded from end to end once, and held in memory only as far as windows overlap.
+unless --views says otherwise; the last one ends with the video, and is left out where it would start less than a
+tenth of the stride after the one before. Times are the file's own, from its first picture on. A video is decoded from
+end to end once, and held in memory only as far as windows overlap.
 
 --annotate OUT.mp4 writes the video with the labels on every picture: H.264 of the same size (made even), upright, with
 the same times, without sound; with --window the labels of the nearest window. Of several videos OUT is a folder.
@@ -44,6 +45,7 @@ if not __package__:
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is loaded; train/main.py says why
 
 from pipelines.cli import run_cli, writable
+from pipelines.source_files import is_video
 from pipelines.windows import check_windows
 
 
@@ -72,7 +74,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--multi-label", action="store_true", help="a video may have several labels (default: as the run's set says)")
     add("--views", metavar="CLIPSxCROPS", help="such as 3x1 (default: the run's; with --window 1x1)")
     add("--top", type=int, default=3, metavar="K", help="classes a video (default: %(default)s; 0: all)")
-    add("--json", type=Path, metavar="FILE", help="write the predictions for programs; - for standard output")
+    what = "write the predictions for programs; alone, behind the videos, or with -: on standard output"
+    add("--json", type=Path, nargs="?", const=Path("-"), metavar="FILE", help=what)
     add("--csv", type=Path, metavar="FILE", help="write the predictions as a table")
     add("--window", type=_seconds, metavar="SECONDS", help="a timeline of windows of this length, such as 2s")
     add("--stride", type=_seconds, metavar="SECONDS", help="from one window to the next (default: as --window)")
@@ -84,6 +87,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="A.B=C", help="change one key of the run's recipe (repeatable)")
     add("--precision", choices=("bf16", "fp32"), help="default: as trained")
     arguments = parser.parse_args(argv)
+    if arguments.json is not None and is_video(arguments.json.name):
+        parser.error(f"--json {arguments.json}: that names a video; put --json behind the videos, or take --json -")
     if bool(arguments.videos) == bool(arguments.shards):
         parser.error("give videos (files or folders) or --shards SET, one of the two")
     if arguments.shards and (arguments.window or arguments.annotate):

@@ -12,10 +12,11 @@ The table gives medians, with the lowest and the highest round (bounds) or quart
 a sentence on what bounds the run and the keys to turn. Loader and model alone say what both can reach together: on CUDA
 the slower of them, on a CPU, where they share the cores, one after the other; the report says whether that was reached.
 
---out writes report.json and timeline.png (where each millisecond of a step goes); the last line of the output is the
-same JSON, unless that goes to a terminal. --trace writes a Chrome trace of three steps (chrome://tracing, Perfetto).
---sweep tries decode workers, batches decoded ahead and micro-batch sizes and prints the lines to put into the recipe
-and the DeepSpeed file; --max-batch looks for the largest micro-batch that fits (compiled blocks are compiled for each).
+--out writes report.json and timeline.png (where each millisecond of a step goes); --json writes the same object to a
+file, or with - to standard output, which then holds nothing else. --trace writes a Chrome trace of three steps
+(chrome://tracing, Perfetto). --sweep tries decode workers, batches decoded ahead and micro-batch sizes and prints the
+lines to put into the recipe and the DeepSpeed file; --max-batch looks for the largest micro-batch that fits (compiled
+blocks are compiled for each).
 
 It measures one process, which takes the whole step; data lie in the page cache after the first round, so a slow disk
 shows only where the set is larger than memory. A cache of the stem (speed.cache_gb) is left out. The demo takes about a
@@ -116,7 +117,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override one key, as in train/main.py")
     add("--deepspeed_config", help="DeepSpeed JSON; default: what the recipe names, or ds_config.json")
     add("--out", type=Path, metavar="DIR", help="write report.json and timeline.png there")
-    add("--json", type=Path, metavar="FILE", help="write the JSON object there")
+    add("--json", type=Path, metavar="FILE", help="write the JSON object there; - for standard output")
     add("--trace", type=Path, metavar="FILE", help="write a Chrome trace of three steps there")
     add("--sweep", metavar="WHAT", help="try settings: threads, prefetch, batch, separated by commas")
     add("--max-batch", action="store_true", help="find the largest micro-batch that fits")
@@ -130,7 +131,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             "hour, and 1 to 1000 rounds"
         )
     for path, option in ((arguments.json, "--json"), (arguments.trace, "--trace")):
-        if path:
+        if path and not (option == "--json" and str(path) == "-"):
             writable(path, option)
     if arguments.out and arguments.out.exists() and not arguments.out.is_dir():
         raise ValueError(f"--out {arguments.out} is not a folder")
@@ -418,19 +419,20 @@ class _Progress:
 
 
 def _publish(document: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """The table, the files, and last the JSON on one line."""
-    print(table(document))
-    for name, lines in (("max_batch", batch_lines), ("sweep", sweep_table)):
-        if name in document:
-            print("\n" + "\n".join(lines(document[name])))
-    text = (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode()
+    """The table, or the JSON in its place, and the files."""
+    text, to_stdout = json.dumps(document, indent=1, ensure_ascii=False) + "\n", str(arguments.json) == "-"
+    if to_stdout:
+        print(text, end="")
+    else:
+        print(table(document))
+        for name, lines in (("max_batch", batch_lines), ("sweep", sweep_table)):
+            if name in document:
+                print("\n" + "\n".join(lines(document[name])))
     if arguments.out:
         draw(document, arguments.out / "timeline.png")
-    for path in (arguments.json, arguments.out and arguments.out / "report.json"):
+    for path in (None if to_stdout else arguments.json, arguments.out and arguments.out / "report.json"):
         if path:
-            write_durably(path, text)
-    if not sys.stdout.isatty():  # for machines
-        print(json.dumps(document, ensure_ascii=False))
+            write_durably(path, text.encode())
 
 
 if __name__ == "__main__":

@@ -266,13 +266,7 @@ def resume(path: Path, model: VideoModel, optimizer: torch.optim.Optimizer, run:
     Raises ValueError naming the first setting in which `run` (see `identity`) differs from the run that is continued.
     """
     document, tensors = read_checkpoint(path)
-    before = document["run"]
-    for name in sorted(before.keys() | run.keys(), key=lambda name: (" " in name, name)):
-        if before.get(name) != run.get(name):
-            raise ValueError(
-                f"cannot resume from {path}: {name} is {json.dumps(run.get(name))} now and was "
-                f"{json.dumps(before.get(name))}; set it back, or start anew with another run.out"
-            )
+    require_same_run(path, document["run"], run)
     load_weights(model, tensors)
     names = _names(model)
     state = optimizer.state_dict()
@@ -282,6 +276,17 @@ def resume(path: Path, model: VideoModel, optimizer: torch.optim.Optimizer, run:
         state["state"] = {i: {part: tensors[f"{part}/{name}"] for part in _ADAM} for i, name in enumerate(order)}
     optimizer.load_state_dict(state)
     return document
+
+
+def require_same_run(path: Path, before: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """ValueError naming the first setting in which two runs (see `identity`) differ; `path` is where the earlier one
+    was found."""
+    for name in sorted(before.keys() | run.keys(), key=lambda name: (" " in name, name)):
+        if before.get(name) != run.get(name):
+            raise ValueError(
+                f"cannot resume from {path}: {name} is {json.dumps(run.get(name))} now and was "
+                f"{json.dumps(before.get(name))}; set it back, or start anew with another run.out"
+            )
 
 
 def _check_adam(path: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:

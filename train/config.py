@@ -186,7 +186,7 @@ class TrainConfig:
     log_every: int = 20
     """Optimizer steps between log lines; a short run still has five."""
     checkpoint_every: int = 500
-    """Optimizer steps; 0: only at the end."""
+    """Optimizer steps between checkpoints; a short run still has five; 0: only at the end."""
     keep: int = 2
     """Checkpoints that are kept, newest first."""
     max_skipped_steps: int = 10

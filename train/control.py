@@ -1,10 +1,11 @@
 """What the processes of a run tell each other outside of its steps: that all shall stop, and that one of them is gone.
 
-Every process keeps a socket open to rank 0, and a thread that listens there. SIGTERM or Ctrl-C may reach one rank
-alone, and hosts run ahead of each other; so rank 0 asks all which step they are at, and all stop after the furthest.
-A rank that asks `ends_after` waits for that answer only when somebody wants to stop: a step costs a comparison. The
-kernel closes the socket of a process that is killed, at once; where a machine is gone, the lack of answers shows within
-`SILENT_SECONDS`. Then the others say so and end, even while they wait in a collective that will never be completed.
+Every process keeps a socket open to rank 0, and a thread that listens there. SIGTERM, SIGHUP or Ctrl-C may reach one
+rank alone, and hosts run ahead of each other; so rank 0 asks all which step they are at, and all stop after the
+furthest. A rank that asks `ends_after` waits for that answer only when somebody wants to stop: a step costs a
+comparison. The kernel closes the socket of a process that is killed, at once; where a machine is gone, the lack of
+answers shows within `SILENT_SECONDS`. Then the others say so and end, even while they wait in a collective that will
+never be completed.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from train.engine import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 CUT_SHORT = "the evaluation was cut short, for the run is to stop"
 GRACE_SECONDS = 3.0  # in which a process that has lost another may end by itself, with its own message
 SILENT_SECONDS = 40  # without an answer from the machine of another process
@@ -48,7 +50,8 @@ class Control:
     """Of one process; use as a context manager around a run. Signals are heard where that is the main thread.
 
     A signal before the first step is done, or after the last, raises `Stopped` where it strikes. In between it is
-    noted: `ends_after` tells when to stop. A second Ctrl-C ends the process at once.
+    noted: `ends_after` tells when to stop. A second Ctrl-C ends the process at once. SIGHUP, of a terminal that is
+    closed, is heard unless it was ignored before (nohup).
     """
 
     def __init__(self) -> None:
@@ -69,7 +72,9 @@ class Control:
 
     def __enter__(self) -> Control:
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {signum: signal.signal(signum, self._on_signal) for signum in SIGNALS}
+            nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            heard = [signum for signum in SIGNALS if not (nohup and signum == signal.SIGHUP)]
+            self._handlers = {signum: signal.signal(signum, self._on_signal) for signum in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -144,6 +149,8 @@ class Control:
         return Stopped(self._asked or signal.SIGTERM, f"at step {step}; go on with --resume")
 
     def _on_signal(self, signum: int, _: FrameType | None) -> None:
+        if signum == signal.SIGHUP:
+            _leave_terminal()
         again = signum == signal.SIGINT and time.monotonic() - self._interrupted > 1  # a launcher may pass it on too
         if again:
             print("interrupted again: ended at once, nothing more is saved", file=sys.stderr, flush=True)
@@ -158,6 +165,7 @@ class Control:
             raise Stopped(signum, f"{saved}; go on with --resume")
         if self._socket is None:
             self._asked = signum
+            _say_stopping(signum)
         else:
             self._send({"stop": signum})  # without the lock, which the main thread may hold
 
@@ -174,6 +182,8 @@ class Control:
                     self._asked = message["ask"]
                     step = self._step
                 self._send({"at": step})
+                if self._world is not None and self._world.rank == 0:
+                    _say_stopping(message["ask"])
             elif "until" in message:
                 self._until = message["until"]
                 self._decided.set()
@@ -298,12 +308,42 @@ def _line(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
+def _say_stopping(signum: int) -> None:
+    """Written past Python's buffers, which the signal may have found half filled."""
+    more = "; Ctrl-C again ends at once" if signum == signal.SIGINT else ""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{signal.Signals(signum).name}: stopping after this step and saving{more}\n".encode())
+
+
+def _leave_terminal() -> None:
+    """Output that goes to no file goes nowhere from now on: writing to a terminal or pipe that is gone would end the
+    run before it is saved."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with contextlib.suppress(OSError):
+            if not S_ISREG(os.fstat(stream).st_mode):
+                os.dup2(nowhere, stream)
+    os.close(nowhere)
+
+
 def _watch_launcher(launcher: int) -> None:
     """The program `deepspeed` ends at a SIGTERM and leaves the launcher and us running: then it is for us too."""
     starter = _parent(launcher)
     while os.getppid() == launcher and _parent(launcher) == starter:
         time.sleep(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+def typed_launcher(command: Sequence[str]) -> list[str]:
+    """What stood before `command`, which begins with the script, when it was typed for DeepSpeed, as far as that can be
+    known; nothing without it."""
+    if b"deepspeed.launcher.launch" not in _command_line(os.getppid()):
+        return []
+    words = _command_line(_parent(os.getppid())).decode(errors="replace").split("\0")
+    first = next((i for i, word in enumerate(words) if Path(word).name in ("deepspeed", "ds")), None)
+    if first is None or command[0] not in words[first:]:  # another machine's
+        return ["deepspeed"]
+    return ["deepspeed", *words[first + 1 : words.index(command[0], first)]]
 
 
 def _command_line(pid: int) -> bytes:

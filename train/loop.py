@@ -70,6 +70,16 @@ class Job:
         """Steps between log lines: a short run still has five."""
         return min(self.config.train.log_every, max(1, self.num_steps // 5))
 
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between checkpoints, in the same way; 0: only at the end."""
+        return min(self.config.train.checkpoint_every, max(1, self.num_steps // 5))
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether an evaluation is due after a step."""
+        seen, before = step * self.batch.total, (step - 1) * self.batch.total
+        return step == self.num_steps or crosses(seen, before, self.config.train.eval_every * self.shards.num_kept)
+
     def loader_options(self) -> dict[str, Any]:
         """How clips are cut and read, in training and evaluation alike."""
         data, device = self.config.data, self.world.device
@@ -119,6 +129,7 @@ def train(job: Job, log: MetricsLog | None) -> None:
     peak = config.optimizer.peak(batch.total)
     parts = Step(config, job.model, job.engine, job.shards, device, job.train_cache)
     losses = Losses(world, job.skipped_before)
+    _make_up_evaluation(job, log)
     with job.train_loader() as loader:
         clock = Clock(batch.total, lambda: loader.wait_seconds)
         logged = clock.read()
@@ -142,10 +153,9 @@ def train(job: Job, log: MetricsLog | None) -> None:
             if clock.step_done():
                 losses.wait()  # the device has done the warm-up steps
                 clock.start_measuring()
-            ends, seen, before = step == job.num_steps, step * batch.total, (step - 1) * batch.total
+            ends, evaluates = step == job.num_steps, job.evaluates_after(step)
             stops = job.control.ends_after(step) and not ends
-            saves = ends or stops or crosses(step, step - 1, config.train.checkpoint_every)
-            evaluates = ends or crosses(seen, before, config.train.eval_every * job.shards.num_kept)
+            saves = ends or stops or crosses(step, step - 1, job.checkpoint_every)
             if saves or evaluates or step % job.log_every == 0:
                 job.bad_samples.meet(loader, job.shards, job.start_step * batch.total)
                 read = losses.read()
@@ -227,6 +237,14 @@ def _save(job: Job, losses: Losses, step: int) -> None:
     )
 
 
+def _make_up_evaluation(job: Job, log: MetricsLog | None) -> None:
+    """Evaluates first where the run was stopped between saving its last step and the evaluation after it."""
+    if job.start_step and job.evaluates_after(job.start_step):
+        missing = log is not None and not log.evaluated
+        if json.loads(job.world.gather(json.dumps(missing))[0]):
+            _evaluate(job, job.start_step, log)
+
+
 def _evaluate(job: Job, step: int, log: MetricsLog | None) -> bool:
     """Evaluates if there is something to evaluate on: on one view a video, as the official code validates, and after
     the last step on all `data.test_clips` × `data.test_crops`; those answers are kept in predictions.npz. False, on all
@@ -249,7 +267,7 @@ def _evaluate(job: Job, step: int, log: MetricsLog | None) -> bool:
         return True
     metrics = result.metrics()
     log.write("eval", step, epoch=step * job.batch.total / job.shards.num_kept, **metrics)
-    print(eval_line(step, metrics), flush=True)
+    print(eval_line(step, metrics, len(shards.classes)), flush=True)
     if step == job.num_steps:
         result.save(job.out / PREDICTIONS, shards)
     return True

@@ -25,7 +25,7 @@ from pipelines.cli import one_of_several, run_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one training; returns the exit status, after SIGTERM or Ctrl-C the shell's 143 or 130.
+    """Runs one training; returns the exit status, after SIGTERM, Ctrl-C or SIGHUP the shell's 143, 130 or 129.
 
     Raises ValueError or OSError for what a user can mend.
     """

@@ -13,14 +13,19 @@ from pipelines.shards import write_durably
 from train.clock import Pace
 from train.run_folder import METRICS
 
+FEW_CLASSES = 5
+
 
 class MetricsLog:
     """Appends to the logs of a run that stands at `step`; what an earlier process wrote of later steps is removed."""
 
     def __init__(self, out: Path, step: int) -> None:
         path = out / METRICS
+        kept = _lines_up_to(path, step) if path.exists() else []
+        self.evaluated = any((line := json.loads(text)).get("kind") == "eval" and line["step"] == step for text in kept)
+        """Whether what was written before holds the evaluation after `step`."""
         if path.exists():
-            write_durably(path, "".join(_lines_up_to(path, step)).encode())
+            write_durably(path, "".join(kept).encode())
         self._file = path.open("a", encoding="utf-8", buffering=1)  # a line at a time
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
 
@@ -49,14 +54,21 @@ def train_line(*, step: int, num_steps: int, epoch: float, loss: float, lr: floa
     )
 
 
-def eval_line(step: int, metrics: dict[str, float]) -> str:
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """A number and its noun, for people."""
+    return f"{number} {noun}{plural * (number != 1)}"
+
+
+def eval_line(step: int, metrics: dict[str, float], num_classes: int) -> str:
     """The evaluation line for people."""
-    return f"evaluation after step {step}: {metrics_text(metrics)}"
+    return f"evaluation after step {step}: {metrics_text(metrics, num_classes)}"
 
 
-def metrics_text(metrics: dict[str, float]) -> str:
-    """What `Evaluation.metrics` returned, for people."""
+def metrics_text(metrics: dict[str, float], num_classes: int | None = None) -> str:
+    """What `Evaluation.metrics` returned, for people; of few classes (`FEW_CLASSES`) without top-5, which is 100 %."""
     titles = {"mean_average_precision": "mAP", "top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class"}
+    if num_classes is not None and num_classes <= FEW_CLASSES:
+        del titles["top5"]
     shares = "  ".join(f"{title} {100 * metrics[name]:.2f} %" for name, title in titles.items() if name in metrics)
     skipped = f", {metrics['undecodable']:.0f} could not be decoded" if metrics["undecodable"] else ""
     return f"{shares}  loss {metrics['loss']:.4f}  ({metrics['samples']:.0f} samples{skipped})"

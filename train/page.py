@@ -66,6 +66,8 @@ class Section:
     """Plain text."""
     body: str
     """Markup."""
+    there: bool = True
+    """False: it only says why it is missing."""
 
     @property
     def anchor(self) -> str:
@@ -75,7 +77,9 @@ class Section:
 
 def page(title: str, subtitle: str, sections: Sequence[Section], foot: str) -> str:
     """The whole document."""
-    contents = "".join(f'<a href="#{section.anchor}">{text(section.title)}</a>' for section in sections)
+    contents = "".join(
+        f'<a href="#{section.anchor}">{text(section.title)}</a>' for section in sections if section.there
+    )
     parts = "".join(
         f'<section id="{section.anchor}"><h2>{text(section.title)}</h2>{section.body}</section>\n'
         for section in sections

@@ -38,10 +38,9 @@ def write_report(folder: Path, out: Path | None = None, *, fetches: bool = True)
     sections = []
     for title, part in PARTS.items():
         try:
-            body = part(source, beside)
+            sections.append(Section(title, part(source, beside)))
         except NotThere as reason:
-            body = paragraph(reason, soft=True)
-        sections.append(Section(title, body))
+            sections.append(Section(title, paragraph(reason, soft=True), there=False))
     foot = f"Its pictures and tables as files: {beside.name}/ beside this page."
     write_durably(out, page(source.title, source.subtitle, sections, foot).encode(errors="replace"))
     return out

@@ -21,7 +21,7 @@ from train.bad_samples import FILE_NAME as BAD_SAMPLES
 from train.config import Config, ModelConfig
 from train.evaluate import Evaluation
 from train.looks import looks_of
-from train.metrics import metrics_text
+from train.metrics import FEW_CLASSES, counted, metrics_text
 from train.page import figures, folded, heading, listing, paragraph, picture, table, tiles
 from train.pictures import draw_bars, draw_curves, filmstrips, frame_grid
 from train.report_clips import ShownClip
@@ -58,13 +58,13 @@ def _summary(source: Source, _: Path) -> str:
     skipped = _skipped(run)
     entries = {
         "state": source.state,
-        **{title: _percent(last.get(name)) for name, title in _TITLES.items()},
+        **{title: _percent(last.get(name)) for name, title in _titles(run).items()},
         "loss of the evaluation": _short(last.get("loss")),
         "clips a second, training": _short(end.get("clips_per_s")),
         "waiting for data": _percent(end.get("wait_share")),
         "parameters that train": f"{trainable:,} of {total:,}",
         "training samples": f"{run.facts['samples']:,}",
-        "processes × device": f"{run.facts['world_size']} × {run.facts['device']}",
+        "device": f"{run.facts['device']}, {counted(run.facts['world_size'], 'process', 'es')}",
         "skipped steps": str(skipped[-1][1]) if skipped else _NOTHING,
     }
     return tiles((name, value) for name, value in entries.items() if value != _NOTHING)
@@ -72,9 +72,9 @@ def _summary(source: Source, _: Path) -> str:
 
 def _learning(source: Source, beside: Path) -> str:
     run = source.run
-    losses = [("training", *_series(run, "train", "loss")), ("evaluation", *_series(run, "eval", "loss"))]
+    losses = [("training", *_averages(run, "loss")), ("evaluation", *_series(run, "eval", "loss"))]
     rates = ("learning rate", *_series(run, "train", "lr"))
-    accuracies = [(title, *_series(run, "eval", name, 100)) for name, title in _TITLES.items()]
+    accuracies = [(title, *_series(run, "eval", name, 100)) for name, title in _titles(run).items()]
     marks = [step for step, _ in _skipped(run)]
     words = "Loss over steps" + ("; red: steps were skipped since the line before" if marks else "")
     drawn = []
@@ -88,12 +88,13 @@ def _learning(source: Source, beside: Path) -> str:
             drawn.append(_figure(beside, name, draw_curves(shown, title=title, x="step", y=y, marks=red), described))
     if not drawn:
         raise NotThere("Nothing was logged yet.")
-    return figures(drawn) + paragraph(words, soft=True) * bool(marks) + _evaluations(run)
+    notes = paragraph(words, soft=True) * bool(marks) + paragraph(_left_out(run), soft=True) * bool(_left_out(run))
+    return figures(drawn) + notes + _evaluations(run)
 
 
 def _evaluations(run: RunFolder) -> str:
     evaluations = run.of_kind("eval")
-    names = [name for name in _TITLES if any(name in line for line in evaluations)]
+    names = [name for name in _titles(run) if any(name in line for line in evaluations)]
     if not evaluations:
         return paragraph("Nothing was evaluated.", soft=True)
     rows = [
@@ -106,7 +107,7 @@ def _evaluations(run: RunFolder) -> str:
 
 def _pace(source: Source, beside: Path) -> str:
     run, drawn = source.run, []
-    shares, rates = _series(run, "train", "wait_share", 100), _series(run, "train", "clips_per_s")
+    shares, rates = _averages(run, "wait_share", 100), _averages(run, "clips_per_s")
     if not rates[0]:
         raise NotThere("The run was too short to be measured (its first steps are warm-up).")
     for name, title, y, series in (
@@ -120,7 +121,7 @@ def _pace(source: Source, beside: Path) -> str:
     if end and _is_number(share := end[-1].get("wait_share")):
         words += f" Over the whole run {_percent(share)} of the time was spent waiting for data"
         words += "; python tools/profile_throughput.py says what is slow." if share > 0.05 else "."
-    return figures(drawn) + paragraph(words, soft=True)
+    return figures(drawn) + paragraph(f"{words} {_left_out(run)}", soft=True)
 
 
 def _classes(source: Source, beside: Path) -> str:
@@ -137,7 +138,7 @@ def _classes(source: Source, beside: Path) -> str:
     titles = [str(cell).replace("_", " ") for cell in head]
     chosen = [_class_cells(rows[c]) for group in groups for c in group]
     missing = len(names) - len(present)
-    words = metrics_text(result.metrics()).replace("  (", " (").replace("  ", ", ") + (
+    words = metrics_text(result.metrics(), len(names)).replace("  (", " (").replace("  ", ", ") + (
         f"; {missing} of {len(names)} classes have no sample" if missing else ""
     )
     return (
@@ -238,6 +239,9 @@ def _attention(source: Source, beside: Path) -> str:
 
 def _settings(source: Source, _: Path) -> str:
     given = _flat(source.run.facts["config"])
+    micro = "deepspeed.train_micro_batch_size_per_gpu"
+    if micro in given:  # it shrinks to what divides the batch
+        given[micro] = source.run.facts.get("micro_batch", given[micro])
     try:
         usual = _flat(_defaults(source.config))
         note = "In colour: what differs from the defaults."
@@ -300,8 +304,8 @@ def _what_next(source: Source, _: Path) -> str:
 def _command(run: RunFolder) -> str:
     """As it may be given again; what the launcher added is left out."""
     words = [str(word) for word in run.facts.get("command", []) if not str(word).startswith("--local_rank")]
-    launcher = "deepspeed" if run.facts["world_size"] != 1 else "python"
-    return f"{launcher} {shlex.join(words)}"
+    launcher = run.facts.get("launcher") or ["deepspeed" if run.facts["world_size"] != 1 else "python"]
+    return shlex.join([*map(str, launcher), *words])
 
 
 def _figure(beside: Path, name: str, data: bytes, described: str) -> str:
@@ -314,6 +318,29 @@ def _series(run: RunFolder, kind: str, name: str, factor: float = 1.0) -> tuple[
     """Steps, and the numbers of that name in the lines of one kind."""
     found = [(line["step"], line[name]) for line in run.of_kind(kind) if _is_number(line.get(name))]
     return [step for step, _ in found], [factor * value for _, value in found]
+
+
+def _averages(run: RunFolder, name: str, factor: float = 1.0) -> tuple[list[int], list[float]]:
+    """As `_series` of the lines of training, each an average since the line before; without a last one of too few."""
+    steps, values = _series(run, "train", name, factor)
+    if _left_out(run) and steps and steps[-1] == run.of_kind("train")[-1]["step"]:
+        return steps[:-1], values[:-1]
+    return steps, values
+
+
+def _left_out(run: RunFolder) -> str:
+    """What to say where the last line stands for fewer than half the usual number of steps, or nothing."""
+    lengths = np.diff([0, *(line["step"] for line in run.of_kind("train"))])
+    if len(lengths) < 3 or 2 * lengths[-1] >= np.median(lengths):
+        return ""
+    return f"The last line of the log is of {counted(int(lengths[-1]), 'step')} and not drawn: too few for an average."
+
+
+def _titles(run: RunFolder) -> dict[str, str]:
+    """Metrics that are shown, with their titles."""
+    classes = run.facts.get("num_classes")
+    few = isinstance(classes, int) and classes <= FEW_CLASSES
+    return {name: title for name, title in _TITLES.items() if not (few and name == "top5")}
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -203,7 +203,7 @@ def _checked(run: RunFolder) -> RunFolder:
         and all(isinstance(parameters.get(name), int) for name in ("total", "trainable")),
         "samples": isinstance(facts["samples"], int) and facts["samples"] > 0,
         "packages": isinstance(facts["packages"], dict),
-        "command": isinstance(facts.get("command", []), list),
+        **{name: isinstance(facts.get(name, []), list) for name in ("command", "launcher")},
     }
     for name, good in fits.items():
         if not good:

@@ -70,6 +70,7 @@ DEEPSPEED_KEYS: dict[str, Any] = {
     "log_level": str,
 }
 MAX_BYTES = 2**20  # of a recipe or a DeepSpeed file; those here have 2 kB
+_SHOWN_RECIPES = 10  # of more than fifty
 _ONLY_IN_RECIPES = {"scheduler": "section [schedule]", "lr": "optimizer.lr", "learning_rate": "optimizer.lr"}
 
 
@@ -173,7 +174,12 @@ def find_recipe(recipe: str) -> Path:
         if path.is_file():
             return path
     names = [path.stem for path in sorted(RECIPES.glob("*.toml"))]
-    raise FileNotFoundError(f"no such recipe: {recipe}; train/recipes has {', '.join(names)}, or give a path")
+    close = difflib.get_close_matches(Path(recipe).stem, names, n=_SHOWN_RECIPES, cutoff=0.0)
+    more = " …" if len(names) > len(close) else ""
+    raise FileNotFoundError(
+        f"no such recipe: {recipe}; train/recipes has {', '.join(close)}{more} (python train/main.py lists all), or "
+        "give a path"
+    )
 
 
 def list_recipes() -> str:
@@ -213,8 +219,9 @@ def resolve_batch(deepspeed: Mapping[str, Any], world: int, *, in_pairs: bool = 
             f"train_micro_batch_size_per_gpu = {micro}: mixup and cutmix take clips in pairs; set it to "
             f"{', '.join(map(str, sizes[:12]))} (--set ds.train_micro_batch_size_per_gpu={sizes[0]})"
         )
-    reason = f"{world} × {micro} does not divide {total}" if share % micro else "clips are mixed in pairs"
-    note = "" if fitting == micro else f"micro-batch {fitting} instead of {micro}: {reason}"
+    of = f"a step of {total}" if world == 1 else f"a process's {share} of a step of {total}"
+    reason = f"do not fit {of}" if share % micro else "cannot be mixed in pairs"
+    note = "" if fitting == micro else f"{micro} clips at once {reason}: {fitting} are taken"
     return Batch(total, fitting, share // fitting, note)
 
 
@@ -239,11 +246,12 @@ def _check_recipe_key(section: str, key: str, value: Any, where: str, method: st
             raise ValueError(
                 f"{where}: {moved} belongs in the DeepSpeed file (ds_config.json) or in --set ds.{moved}=…"
             )
-        close = [n for n in known if n.endswith(f".{key}")] or difflib.get_close_matches(name, known, n=1, cutoff=0.75)
-        hint = f"; did you mean {close[0]}?" if close else _hint(key)
-        if section == "model" and not close:
-            hint = f"; method {method} has {', '.join(recipe_keys(section, method))}"
-        raise ValueError(f"{where}: unknown key {name}{hint}")
+        close = [n for n in known if n.endswith(f".{key}")]
+        close += [n for n in known if n == _ONLY_IN_RECIPES.get(key)]
+        close += difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        raise ValueError(
+            f"{where}: unknown key {name}" + (f"; did you mean {close[0]}?" if close else _hint(key, section, method))
+        )
     keys = recipe_keys(section, method)
     if key not in keys:
         own = ", ".join(get_type_hints(METHODS[method].options))
@@ -348,11 +356,14 @@ def _unknown_deepspeed_key(key: str) -> str:
     )
 
 
-def _hint(key: str) -> str:
-    """The home of a key that resembles one of DeepSpeed's, or the sections there are."""
+def _hint(key: str, section: str = "", method: str = _DEFAULT_METHOD) -> str:
+    """The home of a key that resembles one of DeepSpeed's, or the keys of its section, or the sections there are."""
     close = difflib.get_close_matches(key, DEEPSPEED_KEYS, n=1)
-    if close:
+    if close and section != "model":
         return f"; the DeepSpeed file (ds_config.json) has {close[0]}, here --set ds.{close[0]}=…"
+    if section in SECTIONS:
+        owner = f"method {method}" if section == "model" else f"[{section}]"
+        return f"; {owner} has {', '.join(recipe_keys(section, method))}"
     return f"; sections are {', '.join(SECTIONS)}"
 
 
@@ -413,7 +424,13 @@ def parse_override(override: str) -> tuple[list[str], Any]:
     name, equals, text = override.partition("=")
     keys = [key.strip() for key in name.split(".")]
     if not equals or len(keys) < 2 or not all(keys):
-        raise ValueError(f"--set {override}: the form is section.key=value, such as optimizer.lr=1e-4")
+        homes = [f"{section}.{keys[0]}" for section in SECTIONS if keys[0] in recipe_keys(section)]
+        homes += [f"ds.{keys[0]}"] if keys[0] in DEEPSPEED_KEYS else []
+        if equals and len(keys) == 1 and homes:
+            also = f"did you mean --set {' or '.join(f'{home}={text}' for home in homes)}?"
+        else:
+            also = "such as optimizer.lr=1e-4"
+        raise ValueError(f"--set {override}: the form is section.key=value, {also}")
     return keys, parse_value(text, override)
 
 

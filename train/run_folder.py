@@ -52,12 +52,7 @@ class Answers:
 
 def read_run(path: Path) -> RunFolder:
     """The run in a folder. Raises ValueError or OSError: there is none, or a file of it is damaged."""
-    if not (path / RUN).is_file():
-        raise FileNotFoundError(f"{path} is no run: there is no {RUN} in it; give the folder that run.out named")
-    facts = _object(_text(path / RUN), str(path / RUN))
-    missing = [name for name in _FACTS if name not in facts]
-    if missing:
-        raise ValueError(f"{path / RUN} has no {missing[0]!r}: it is damaged, or another program's")
+    facts = read_facts(path)
     lines: list[dict[str, Any]] = []
     if (path / METRICS).is_file():
         texts = _text(path / METRICS).split("\n")
@@ -67,6 +62,17 @@ def read_run(path: Path) -> RunFolder:
                 raise ValueError(f"{path / METRICS}, line {number}: it has no kind and step")
             lines.append(line)
     return RunFolder(path, facts, lines)
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """run.json of the run in a folder. Raises ValueError or OSError: there is none, or it is damaged."""
+    if not (path / RUN).is_file():
+        raise FileNotFoundError(f"{path} is no run: there is no {RUN} in it; give the folder that run.out named")
+    facts = _object(_text(path / RUN), str(path / RUN))
+    missing = [name for name in _FACTS if name not in facts]
+    if missing:
+        raise ValueError(f"{path / RUN} has no {missing[0]!r}: it is damaged, or another program's")
+    return facts
 
 
 def read_answers(path: Path) -> Answers | None:

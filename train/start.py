@@ -30,18 +30,19 @@ from pipelines.remote import open_set
 from pipelines.shards import ShardSet, write_durably
 from train.bad_samples import BadSamples
 from train.build import backbone_checksum, build_model
-from train.checkpoint import identity, newest_checkpoint, resume
+from train.checkpoint import identity, newest_checkpoint, require_same_run, resume
 from train.config import Batch, Config
-from train.control import Control
+from train.control import Control, typed_launcher
 from train.engine import Engine, World, start_world
 from train.feature_sets import check_feature_set
 from train.loop import Job, train
-from train.metrics import MetricsLog
+from train.metrics import MetricsLog, counted
 from train.resolve import ROOT
-from train.run_folder import RUN
+from train.run_folder import RUN, read_facts
 from train.stem_cache import StemCache
 
 LOCK = ".lock"  # in the run's folder
+FEW_STEPS = 100  # of a run
 MAX_TOLD = 5  # missing shards that are named
 PACKAGES = ("deepspeed", "nvidia-dali-cuda130", "numpy", "open_clip_torch", "safetensors", "torch", "xformers")
 
@@ -59,6 +60,11 @@ class Prepared:
     checkpoint: Path | None
     model: VideoModel
     backbone: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a run that is resumed must share with this one: see `checkpoint.identity`."""
+        return identity(self.config, fingerprint=self.shards.fingerprint, backbone=self.backbone)
 
     def run(self, command: Sequence[str], control: Control) -> None:
         """Joins the other processes and trains. `command` is for the record."""
@@ -82,7 +88,7 @@ class Prepared:
 
     def _train(self, world: World, engine: Engine, command: Sequence[str], control: Control) -> None:
         config, out = self.config, Path(self.config.run.out)
-        run = identity(config, fingerprint=self.shards.fingerprint, backbone=self.backbone)
+        run = self.identity
         state: dict[str, Any] = {"step": 0, "bad_samples": []}
         if self.checkpoint is not None:
             state = resume(self.checkpoint, self.model, engine.optimizer, run)
@@ -140,7 +146,8 @@ class _Claim:
 def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
     """Opens and checks the data, finds the checkpoint, builds the model.
 
-    Raises ValueError or OSError: shards missing or damaged, no such split, run.out in use, an unknown model.
+    Raises ValueError or OSError: shards missing or damaged, no such split, run.out in use, by another run perhaps which
+    cannot be resumed, an unknown model.
     """
     if not METHODS[config.model.method].trains:
         raise ValueError(
@@ -174,7 +181,13 @@ def prepare(config: Config, batch: Batch, *, resume: bool) -> Prepared:
     for split in (shards, val_shards):
         if split is not None:
             check_feature_set(split, model, config)
-    return Prepared(config, batch, shards, val_shards, resume, checkpoint, model, backbone_checksum(model))
+    parts = (config, batch, shards, val_shards, resume, checkpoint, model)
+    prepared = Prepared(*parts, backbone_checksum(model))
+    if checkpoint is None and (out / RUN).is_file():  # a run that was stopped before it saved anything
+        before = read_facts(out).get("identity")
+        if isinstance(before, dict):  # not of an earlier version
+            require_same_run(out, before, prepared.identity)
+    return prepared
 
 
 def _uneven_frames(config: Config, shards: ShardSet) -> str:
@@ -220,23 +233,33 @@ def _opening(job: Job) -> str:
     lines = [parameter_table(job.model)]
     if batch.note:
         lines.append(batch.note)
+    shared = f"{counted(world.size, 'process', 'es')} × {counted(batch.accumulation, 'micro-batch', 'es')}"
     lines.append(
-        f"{_samples(job)}, {len(job.shards.classes)} classes; {job.num_steps} steps of {batch.total} "
-        f"clips: {world.size} processes × {batch.accumulation} micro-batches × {batch.micro}, on {world.device.type}, "
-        f"{'bfloat16' if config.bf16 else 'float32'}"
+        f"{_samples(job)}, {len(job.shards.classes)} classes; {counted(job.num_steps, 'step')} of {batch.total} clips: "
+        f"{shared} × {batch.micro}, on {world.device.type}, {'bfloat16' if config.bf16 else 'float32'}"
     )
     lines.append(_learning(job))
     decoding = describe_decoding(job.shards, world.device, job.loader_options()["workers"])
     attention = attention_backend(world.device, biased=job.model.biased_attention, backend=config.speed.attention)
     speed = describe_speed(config.speed, world.device)
     lines.append(f"{decoding}; attention by {attention}{speed and '; '}{speed}")
-    if batch.total > job.shards.num_kept:
-        lines.append(
-            f"a step of {batch.total} clips is more than the {job.shards.num_kept} samples: they repeat within it, and "
-            "the run takes few steps; consider a smaller one (--set ds.train_batch_size=8)"
-        )
+    if hint := _smaller_batch(job):
+        lines.append(hint)
     lines.append(f"from {f'step {job.start_step}' if job.start_step else 'the beginning'}, into {job.out}")
     return "\n".join(lines)
+
+
+def _smaller_batch(job: Job) -> str:
+    """What to say where a smaller batch would train better, or nothing."""
+    total, samples = job.batch.total, job.shards.num_kept
+    least = job.world.size * (2 if job.config.data.mixes else 1)
+    smaller = max(1, min(8, total // 2) // least) * least
+    reasons = [f"only {counted(job.num_steps, 'step')}"] if job.num_steps < FEW_STEPS else []
+    if total > samples:
+        reasons.append(f"a step of {total} clips repeats some of the {samples} samples")
+    if not reasons or smaller >= total:
+        return ""
+    return f"{', and '.join(reasons)}: a smaller batch takes more steps, such as --set ds.train_batch_size={smaller}"
 
 
 def _samples(job: Job) -> str:
@@ -265,10 +288,13 @@ def _write_run_json(out: Path, prepared: Prepared, world: World, command: Sequen
     document: dict[str, Any] = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": list(command),
+        "launcher": typed_launcher(command),
         "resumed_from_step": start_step,
         "config": prepared.config.as_dict(),
+        "identity": prepared.identity,
         "parameters": dict(zip(("total", "trainable"), count_parameters(prepared.model), strict=True)),
         "samples": prepared.shards.num_kept,
+        "num_classes": len(prepared.shards.classes),
         "shards_fingerprint": prepared.shards.fingerprint,
         "backbone_checksum": prepared.backbone,
         "world_size": world.size,

@@ -48,6 +48,12 @@ def test_an_unknown_name_is_answered_with_close_ones_of_both(door: object, name:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["ViT-B-16-quickgelu", "vit_base_patch16_224"])
+def test_the_shipped_weights_name_their_model(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"model {name} has no weights 'shapes'.*: add --set model\.name=tiny-clip"):
+        load_image_tower(name, "shapes")
+
+
 def test_normalisation_is_that_of_the_weights_unless_asked_otherwise() -> None:
     clip, imagenet = load_image_tower("tiny-clip", "none").geometry, load_image_tower("vit_tiny_patch16_224", "none")
     assert clip.mean == (0.48145466, 0.4578275, 0.40821073) and clip.std == (0.26862954, 0.26130258, 0.27577711)

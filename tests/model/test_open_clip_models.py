@@ -6,6 +6,7 @@ import hashlib
 import pickle
 from pathlib import Path
 
+import huggingface_hub
 import open_clip
 import pytest
 import torch
@@ -102,7 +103,7 @@ def test_weights_from_a_file(ending: str, tmp_path: Path) -> None:
         ("ViT-B-16", "openai", "trained with QuickGELU: use model.name = 'ViT-B-16-quickgelu'"),
         ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", "has no weights 'laion2b_s34b_b88k'; allowed: openai"),
         ("ViT-B-16", "nonsense", "has no weights 'nonsense'; allowed: .*openai"),
-        ("tiny-clip", "openai", "allowed: shapes, a .safetensors file, or 'none'"),
+        ("tiny-clip", "openai", r"allowed: shapes \(--set model.pretrained=shapes\), a .safetensors file, or 'none'"),
         ("ViT-B-16", "/nowhere/x.safetensors", "no such weight file: /nowhere/x.safetensors"),
         ("RN50", "none", "RN50: its image tower is a ModifiedResNet; supported are plain CLIP ViTs"),
         ("ViT-B-16-SigLIP", "none", "SigLIP: its image tower comes from timm, and it has no class token; supported"),
@@ -116,6 +117,33 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(name: str, pretrained: str
     with pytest.raises(ValueError, match=text) as error:
         load_image_tower(name, pretrained)
     assert "\n" not in str(error.value)
+
+
+def test_without_a_network_a_tag_says_so_before_and_after(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*_: object, **__: object) -> nn.Module:
+        said.append(capsys.readouterr().err)
+        try:
+            raise OSError("no route\nto host")
+        except OSError as error:
+            raise RuntimeError("at length: " + 300 * "long ") from error
+
+    said: list[str] = []
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(open_clip, "create_model", offline)
+    remedy = r"--set model.pretrained=FILE.safetensors, or --set model.name=tiny-clip --set model.pretrained=shapes$"
+    with pytest.raises(
+        ValueError, match=r"^cannot load weights 'openai' of ViT-B-16-quickgelu: no route to host\. A.*" + remedy
+    ):
+        load_clip("ViT-B-16-quickgelu", "openai")
+    assert said == ["fetching weights openai of ViT-B-16-quickgelu (without a network this fails after a minute)\n"]
+    cached = tmp_path / "models--timm--vit_base_patch16_clip_224.openai" / "snapshots" / "1" / "weights"
+    cached.parent.mkdir(parents=True)
+    cached.touch()
+    with pytest.raises(ValueError, match="cannot load"):
+        load_clip("ViT-B-16-quickgelu", "openai")
+    assert said[1] == ""
 
 
 def test_every_tag_of_the_wrong_activation_is_refused() -> None:

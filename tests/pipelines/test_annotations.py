@@ -144,11 +144,28 @@ def test_val_fraction_is_drawn_from_each_class_by_seed(tmp_path: Path) -> None:
 
 
 def test_val_fraction_where_splits_are_given_or_out_of_range(tmp_path: Path) -> None:
-    tree(tmp_path, "train/a/1.mp4", "train/b/2.mp4")
+    tree(tmp_path, "train/a/1.mp4", "train/b/2.mp4", "test/b/3.mp4")
     with pytest.raises(ValueError, match="leave out the val fraction"):
         list_videos(tmp_path, val_fraction=0.5)
     with pytest.raises(ValueError, match="allowed are 0"):
         list_videos(tmp_path, val_fraction=1.0)
+
+
+def test_a_folder_of_the_split_train_alone_has_no_other_split_yet(tmp_path: Path) -> None:
+    tree(tmp_path, *(f"train/{name}/{i}.mp4" for name in "ab" for i in range(4)))
+    assert (
+        sorted(video.split for video in list_videos(tmp_path, val_fraction=0.25).videos) == ["train"] * 6 + ["val"] * 2
+    )
+
+
+def test_columns_of_a_list_that_are_not_used_are_named(tmp_path: Path) -> None:
+    tree(tmp_path / "videos", "a.mp4", "b.mp4")
+    rows = "a.mp4,x,train,1,p\nb.mp4,y,train,2,q\n"
+    path = annotations(tmp_path, f"path,label,split,group,take\x1b[1m\n{rows}")
+    notes = list_videos(tmp_path / "videos", annotations=[path]).notes
+    assert [note for note in notes if "group" in note] == [r"  list.txt: columns not used: group, 'take\x1b[1m'"]
+    path.write_text("path,label,split\n" + rows.replace(",1,p", "").replace(",2,q", ""))
+    assert not [note for note in list_videos(tmp_path / "videos", annotations=[path]).notes if "not used" in note]
 
 
 def test_val_fraction_of_a_multi_label_set_goes_by_first_labels(tmp_path: Path) -> None:

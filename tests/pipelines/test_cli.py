@@ -69,6 +69,22 @@ def test_a_defect_keeps_its_traceback(error: Exception) -> None:
         run_cli(raising(error))
 
 
+def test_another_python_without_a_package_is_told_what_to_type(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    missing = ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+    monkeypatch.setattr(cli, "_VENV", tmp_path)
+    with pytest.raises(ModuleNotFoundError):  # .venv is not complete: activating it would not help
+        run_cli(raising(missing))
+    (tmp_path / ".setup-0123").touch()
+    assert ended(raising(missing)) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no package tqdm in ") and said.endswith(": source .venv/bin/activate\n")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    with pytest.raises(ModuleNotFoundError):
+        run_cli(raising(missing))
+
+
 def test_an_interrupted_program_says_so_and_an_exit_is_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.containers import cut_short, last_box_is_cut, mp4_is_encrypted
+from pipelines.containers import cut_short, last_box_is_cut, mp4_is_encrypted, no_video_at_all
 from tests.videos import write_video
 
 CONTAINERS = {
@@ -62,6 +62,13 @@ def test_the_boxes_of_an_mp4(tmp_path: Path) -> None:
     assert not mp4_is_encrypted(io.BytesIO(data), len(data))
     disguised = data.replace(b"avc1\0\0\0\0", b"encv\0\0\0\0")
     assert mp4_is_encrypted(io.BytesIO(disguised), len(data))
+
+
+def test_what_downloads_leave_in_place_of_a_video() -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    page = b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html><body>Sign in</body></html>"
+    found = [no_video_at_all(io.BytesIO(data)) for data in (pointer, page, page[20:], b"ftyp", b"")]
+    assert found == ["a Git LFS pointer: run git lfs pull", *["an HTML page, not a video"] * 2, None, None]
 
 
 @pytest.mark.parametrize(

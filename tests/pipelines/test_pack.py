@@ -244,20 +244,32 @@ def test_a_split_without_a_good_video_is_an_error(tmp_path: Path) -> None:
         ValueError, match=r"every one of the 2 videos of split val was rejected \(2 unreadable\)"
     ) as error:
         pack_videos(tmp_path / "videos", listing, tmp_path / "out", SETTINGS["jpeg"])
-    assert "1 finished shards are kept in" in str(error.value)
+    rejects = tmp_path / ".out.packing/rejects.tsv"
+    for words in (f"listed in {rejects}. Repair", "goes on from 1 finished shards", "--val-fraction", "--restart"):
+        assert words in str(error.value)
+    assert rejects.read_text().splitlines()[1:] == [
+        f"val/{name}/0.mp4\tunreadable\tan HTML page, not a video" for name in "ab"
+    ]
     for name in "ab":  # put right, the run goes on
         write_video(tmp_path / "videos/val" / name / "0.mp4", 5)
     report = pack_videos(tmp_path / "videos", listing, tmp_path / "out", SETTINGS["jpeg"])
     assert (report.samples, report.rejects) == ({"train": 2, "val": 2}, [])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "videos"]
 
 
-def test_without_any_good_video_nothing_is_left(tmp_path: Path) -> None:
+def test_without_any_good_video_the_rejects_are_left_and_any_other_run_may_follow(tmp_path: Path) -> None:
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos/0.mp4").write_text("<html>")
     listing = Listing((Video(Path("0.mp4"), ("a",), "train"),), ("a",))
-    with pytest.raises(ValueError, match=r"every one of the 1 videos of split train .* 0\.mp4: unreadable: [^;]*$"):
+    with pytest.raises(ValueError, match=r"every one of the 1 videos of split train .* 0\.mp4: unreadable: ") as error:
         pack_videos(tmp_path / "videos", listing, tmp_path / "out", SETTINGS["jpeg"])
-    assert [path.name for path in tmp_path.iterdir()] == ["videos"]
+    assert "--restart" not in str(error.value) and "--val-fraction" not in str(error.value)
+    part = tmp_path / ".out.packing"
+    assert "0.mp4\tunreadable" in (part / "rejects.tsv").read_text()
+    write_video(tmp_path / "videos/1.mp4", 5)
+    other = Listing((Video(Path("1.mp4"), ("a",), "train"),), ("a",))
+    pack_videos(tmp_path / "videos", other, tmp_path / "out", SETTINGS["copy"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "videos"]
 
 
 def test_an_existing_folder_is_refused(source: Path, tmp_path: Path) -> None:

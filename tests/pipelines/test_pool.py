@@ -116,6 +116,16 @@ def pool() -> Iterator[WorkerPool]:
     pool.close()
 
 
+def test_workers_hear_no_signal_for_the_trainer_even_while_they_start(pool: WorkerPool) -> None:
+    started = pool.process_ids
+    for number in range(30):
+        for pid in started:
+            os.kill(pid, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[number % 3])
+        time.sleep(0.01)
+    pool.submit(0, [0, 1], [request("paint", 1), request("paint", 2)])
+    assert sorted(finish(pool, 2)) == [(0, 0, None), (0, 1, None)] and pool.process_ids == started
+
+
 def test_clips_land_in_their_rows_and_failures_are_told(pool: WorkerPool) -> None:
     rows = [0, 1, 2, 5, 6, 7]  # row 3 and 4 belong to somebody else
     pool.clips[:] = 99

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import processes
 from pipelines.processes import Lost, map_isolated
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,18 @@ def test_what_dies_or_hangs_costs_itself_alone() -> None:
 
 def test_memory_is_bounded() -> None:
     assert list(map_isolated(work, [("greedy", 0.0)], workers=1)) == [-1.0]
+
+
+def test_an_interrupt_is_not_for_the_processes_even_while_they_start() -> None:
+    worker = processes._start(work)
+    try:
+        for _ in range(20):
+            os.kill(worker.process.pid, signal.SIGINT)
+            time.sleep(0.01)
+        worker.connection.send(("", 5.0))
+        assert worker.connection.recv() == 5.0
+    finally:
+        processes._end(worker)
 
 
 def test_who_is_killed_leaves_no_process_behind() -> None:

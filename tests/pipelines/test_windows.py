@@ -20,6 +20,8 @@ def test_windows_reach_the_end_and_are_of_one_length() -> None:
     assert [(w.first_frame, w.num_frames) for w in windows] == [(0, 30), (20, 30), (40, 30), (60, 30), (70, 30)]
     assert cut_windows(times, 10.0, 5.0, 5.0) == [Window(0, 5, 0, 50), Window(5, 10, 50, 50)]
     assert cut_windows(times[:7], 0.7, 5.0, 5.0) == [Window(0, 0.7, 0, 7)], "shorter than a window"
+    assert cut_windows(times, 8.1, 2.0, 2.0) == cut_windows(times, 8.0, 2.0, 2.0), "the last 0.1 s alone is no window"
+    assert [w.start_seconds for w in cut_windows(times, 8.3, 4.0, 2.0)] == pytest.approx([0, 2, 4, 4.3])
     with pytest.raises(ValueError, match=r"windows in 10 s; allowed are .*: choose a longer stride"):
         cut_windows(times, 10.0, 2e-3, 1e-5)
 

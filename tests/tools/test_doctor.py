@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipelines import dali
+from pipelines import cli, dali
 from tests.sets import make_set
 from tests.shell import call_program
 from tools import doctor, gpu_machine
@@ -206,6 +207,29 @@ def test_a_fault_is_named_with_its_remedy(
     row = rows_of(report.read_text())[name]
     assert row["status"] == status and found in row["found"] and remedy in row["remedy"], row
     assert run.returncode == (status == PROBLEM), run.stdout
+
+
+def test_of_another_python_without_the_packages_only_that_is_said(monkeypatch: Patch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cli, "_VENV", tmp_path)
+    (tmp_path / ".setup-0123").touch()
+    assert doctor_machine.wrong_python() is None, "another Python that has the packages is looked at"
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else real(name))
+    run = call_program(doctor.main)
+    assert run.returncode == 1 and run.stderr == ""
+    (row, *more) = [line for line in run.stdout.splitlines() if not line.startswith(" ")]
+    assert row.startswith("problem   Python ") and more == [
+        "something prevents training: problems 1, fallbacks 0 (0 s)"
+    ]
+    assert "lacks torch; nothing else was looked at" in " ".join(run.stdout.split())
+    assert "→ source .venv/bin/activate" in run.stdout and "make setup" not in run.stdout
+
+
+def test_without_weights_both_settings_that_need_none_are_named(monkeypatch: Patch, tmp_path: Path) -> None:
+    for variable in ("XDG_CACHE_HOME", "HF_HUB_CACHE", "HF_HOME", "TORCH_HOME"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    row = doctor_machine.weights()
+    assert row.status == FALLBACK and "--set model.name=tiny-clip --set model.pretrained=shapes" in row.remedy
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,21 @@ def test_recommendation() -> None:
     )
 
 
+def test_what_is_much_faster_and_nearly_as_good_is_recommended_with_a_higher_quality() -> None:
+    slow, fast = Way("hevc", "source/2"), Way("jpeg", "source/2")
+
+    def advice(decibels: float, clips: int, num_bytes: int = 90) -> str:
+        return recommend({slow: cost(30, 38.2, 33), fast: cost(num_bytes, decibels, clips)}, "dense", 38, 1.6)
+
+    assert advice(37.2, 265) == (
+        "Recommended: --profile jpeg --fps source/2, and a higher --quality to close the gap of 0.8 dB to 38: 265 "
+        "dense clips a CPU-second (37.2 dB, 0.90 times the bytes) beside 33 of --profile hevc --fps source/2 (38.2 dB, "
+        "0.30 times)."
+    )
+    for far, no_gain, large in ((36.9, 265, 90), (37.2, 60, 90), (37.2, 265, 170)):
+        assert advice(far, no_gain, large).startswith("Recommended: --profile hevc --fps source/2, the fastest")
+
+
 def test_rates_tried_unless_told() -> None:
     assert default_rates(4) == ["source", "source/2", "source/4"]
     assert default_rates(6) == ["source", "source/2"]

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -24,10 +25,12 @@ from model.methods import build, describe
 from model.methods.zero_i2v import ZeroI2V
 from model.open_clip_models import TINY_CLIP_FOLDER
 from model.video import VideoModel
+from pipelines.plan import ClipOptions, eval_box, eval_frames
 from tests import official_files
 from tests.official_files import saved
 from tests.shell import call_program, shell_environment
 from tests.tools.test_convert_checkpoint import make_run
+from tests.videos import read_number, write_video
 from tools.export import main
 from tools.parts.model_card import model_card
 from train.evaluate import Evaluation
@@ -80,7 +83,8 @@ def test_a_model_with_nothing_to_merge_is_written_as_it_is(tmp_path: Path, capsy
     assert first.description == second.description
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "published checkpoint (format aim_clip)" in card and "5 classes, whose names are not known" in card
-    compile(programs(tmp_path / "out")[0], "README.md", "exec")
+    assert "VIDEO --classes A,B`" in card
+    compile(programs(tmp_path / "out")[1], "README.md", "exec")
     assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
     with pytest.raises(ValueError, match="is there already"):
         main([str(tmp_path / "a"), str(tmp_path / "out")])
@@ -140,7 +144,7 @@ ALLOWED = {
 }
 
 
-@pytest.mark.parametrize(("place", "library"), [(0, "onnxruntime"), (1, "torch")])
+@pytest.mark.parametrize(("place", "library"), [(1, "onnxruntime"), (2, "torch")])
 def test_the_cards_program_runs_without_this_project(
     place: int, library: str, exported: tuple[Path, VideoModel], tmp_path: Path
 ) -> None:
@@ -172,10 +176,44 @@ def test_the_cards_program_for_this_project(
         (tmp_path / path.name).symlink_to(path)
     np.save(tmp_path / "clip.npy", np.zeros((4, 48, 48, 3), np.uint8))
     monkeypatch.chdir(tmp_path)
-    exec(compile(programs(out)[2], "README.md", "exec"), {})
+    exec(compile(programs(out)[3], "README.md", "exec"), {})
     with torch.inference_mode():
         top = trained(torch.zeros((1, 4, 48, 48, 3), dtype=torch.uint8))[0].softmax(-1).max()
     assert capsys.readouterr().out.startswith(f"{top:.1%} ")
+
+
+def test_the_card_says_first_how_predict_takes_it(exported: tuple[Path, VideoModel]) -> None:
+    card = (exported[0] / "README.md").read_text(encoding="utf-8")
+    use = card.partition("## Use\n\n")[2]
+    assert use.startswith("In the project that wrote it, `python tools/predict.py FOLDER VIDEO` says")
+    assert "PYTHONPATH=/path/to/image-to-video python" in use
+
+
+@pytest.mark.parametrize(("sampling", "num_frames"), [("uniform", 26), ("dense", 26), ("dense", 9)])
+def test_the_card_cuts_a_clip_as_the_project_does(
+    sampling: str, num_frames: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a video that is stored on its side."""
+    network = build("frozen", "tiny-clip", "none", num_classes=2, num_frames=4)
+    known = {"sampling": sampling, "interval": 3, "classes": ["a", "b"], "tensors_sha256": ""}
+    data = {"sampling": sampling, "interval": 3, "num_frames": 4, "eval_crop": 0.75}
+    config = config_from_dict({"deepspeed": BATCH, "data": data})
+    card = model_card("x", network, {"model": describe(network), **known}, config=config, answers=None)
+    program = PROGRAM.findall(card)[0]
+    assert len(program.splitlines()) <= 10
+    write_video(tmp_path / "video.mp4", num_frames, rotation=90)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "README.md", "exec"), {})
+    clip = np.load("clip.npy")
+    assert clip.shape == (4, 48, 48, 3) and clip.dtype == np.uint8
+    with av.open("video.mp4") as video:
+        upright = [frame.to_image().rotate(frame.rotation, expand=True) for frame in video.decode(video=0)]
+    numbers = eval_frames(num_frames, ClipOptions(**data), 0)
+    left, top, width, height = eval_box(*upright[0].size, ClipOptions(**data), 0)
+    for picture, number in zip(clip, numbers, strict=True):
+        assert read_number(np.asarray(upright[number])) == number
+        expected = upright[number].crop((left, top, left + width, top + height)).resize((48, 48))
+        assert np.abs(np.asarray(expected, np.float64) - picture).mean() < 4
 
 
 def test_every_weight_comes_back_to_the_last_bit(exported: tuple[Path, VideoModel]) -> None:
@@ -240,8 +278,8 @@ def test_of_several_labels_each_class_has_a_probability_of_its_own() -> None:
     answers = Answers(("x",), ("a", "b"), evaluation)
     card = model_card("x", network, document, config=config_from_dict({"deepspeed": BATCH}), answers=answers)
     texts = PROGRAM.findall(card)
-    assert [text.count("softmax") + text.count("scores.sum") for text in texts] == [0, 0, 0]
-    assert ["sigmoid" in text or "np.exp(-logits)" in text for text in texts] == [True, True, True]
+    assert [text.count("softmax") + text.count("scores.sum") for text in texts] == [0, 0, 0, 0]
+    assert ["sigmoid" in text or "np.exp(-logits)" in text for text in texts] == [False, True, True, True]
     assert "mAP 100.00%" in card and "`a/b`, `'c'`." in card
     for text in texts:
         compile(text, "README.md", "exec")

@@ -166,14 +166,19 @@ def test_what_cannot_be_decoded_is_named_and_the_rest_goes_on(place: Path, tmp_p
 
 
 def test_standard_output_holds_json_alone_and_nothing_decodable_is_an_error(place: Path, tmp_path: Path) -> None:
-    done = call_program(predict.main, place / "run", place / "videos" / "b.mkv", "--json", "-", "--top", "1")
+    done = call_program(predict.main, place / "run", place / "videos" / "b.mkv", "--top", "1", "--json")
     assert done.returncode == 0
     (entry,) = json.loads(done.stdout)["videos"]
     assert entry["key"].endswith("b.mkv") and len(entry["labels"]) == 1
-    (tmp_path / "empty.mp4").touch()
-    done = call_program(predict.main, place / "run", tmp_path / "empty.mp4")
-    assert done.returncode == 2 and "none of the 1 videos can be decoded" in done.stderr
-    assert "the file is empty" in done.stderr
+    empty = tmp_path / "empty.mp4"
+    empty.touch()
+    for more in ((), ("--window", "1s", "--out", tmp_path)):
+        done = call_program(predict.main, place / "run", empty, *more)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == f"error: cannot be decoded: {empty}: unreadable: the file is empty\n"
+    empty.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    done = call_program(predict.main, place / "run", empty)
+    assert done.returncode == 2 and "a Git LFS pointer: run git lfs pull" in done.stderr
 
 
 def test_with_several_labels_probabilities_stand_for_themselves(place: Path, tmp_path: Path) -> None:
@@ -311,6 +316,10 @@ def test_models_that_read_names_need_some_and_take_a_file(changing: Path, tmp_pa
         ),
         (["{run}", "{video}", "--classes", "x,x"], "--classes x,x: the same name twice"),
         (["{run}", "{video}", "--json", "{tmp}/none/x.json"], "there is no folder {tmp}/none"),
+        (
+            ["{run}", "--json", "{video}"],
+            "--json {video}: that names a video; put --json behind the videos",
+        ),
         (["{run}", "{video}", "--annotate", "{video}"], "would write over the video"),
         (["{run}", "{video}", "--annotate", "{tmp}/x.avi"], "what is written is an .mp4; name one, or a folder"),
         (["{run}", "{video}", "{video2}", "--annotate", "{tmp}/x.mp4"], "2 videos do not go into one file"),

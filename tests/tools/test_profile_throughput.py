@@ -28,7 +28,7 @@ from tools.parts.throughput_search import (
     lines_for,
     sweep_table,
 )
-from tools.profile_throughput import main
+from tools.profile_throughput import _publish, main, parse_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -74,8 +74,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(tmp_path_factory.mktemp("profile"))
 
 
-def test_the_last_line_is_the_report(run: Run) -> None:
-    assert json.loads(run.done.stdout.splitlines()[-1]) == run.report
+def test_the_screen_is_for_people_and_json_for_programs(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "{" not in run.done.stdout
+    _publish(run.report, parse_arguments(["--recipe", "demo", "--json", "-"]))
+    assert json.loads(capsys.readouterr().out) == run.report
     assert run.report["settings"]["accumulation"] == 2 and run.report["settings"]["micro"] == 2
     assert len(run.report["rounds"]) == 3
     assert run.report["took_seconds"] < 120
@@ -191,7 +193,7 @@ def test_on_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "demoo"], "no such recipe: demoo; train/recipes has adaptformer"),
+        (["--recipe", "demoo"], "no such recipe: demoo; train/recipes has "),
         (["--recipe", "demo", "--shards", "nowhere"], "nowhere"),
         (["--recipe", "demo", "--sweep", "threads,speed"], "allowed are threads, prefetch, batch"),
         (["--recipe", "demo", "--sweep", ","], "allowed are threads, prefetch, batch"),

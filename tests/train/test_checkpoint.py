@@ -20,7 +20,7 @@ from tests.sets import make_set
 from tests.train.runs import FP32, SCRIPT, arguments, metrics, run_here, start, trace
 from train.checkpoint import newest_checkpoint, read_checkpoint
 
-SAVING = ("train.checkpoint_every=4", "train.keep=9", "train.log_every=2", "schedule.epochs=4", "optimizer.lr=0.003")
+SAVING = ("train.checkpoint_every=2", "train.keep=9", "train.log_every=2", "schedule.epochs=4", "optimizer.lr=0.003")
 STEPS = 13  # ceil(4 · 26 / 8): step 4 is in the middle of the second epoch
 
 
@@ -215,6 +215,22 @@ def test_resume_without_checkpoint_starts_fresh_and_says_so(
     assert metrics(tmp_path / "run", "train") == before, "a finished run is only evaluated again"
 
 
+def test_resume_without_checkpoint_refuses_another_run(
+    packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that was stopped before it saved anything."""
+    out, settings = tmp_path / "run", ("schedule.epochs=0.5", "schedule.warmup_epochs=0", 'data.val_split=""')
+    run_here(packed, out, *settings)
+    for checkpoint in out.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    before = (out / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=r"cannot resume from .*run: optimizer\.lr is 1\.0 now .* another run\.out"):
+        run_here(packed, out, *settings, "optimizer.lr=1", resume=True)
+    assert (out / "run.json").read_bytes() == before
+    run_here(packed, out, *settings, resume=True)
+    assert "no checkpoint in" in capsys.readouterr().out
+
+
 def test_a_full_disk_is_named_and_leaves_no_half_checkpoint(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +238,6 @@ def test_a_full_disk_is_named_and_leaves_no_half_checkpoint(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("train.checkpoint._write", full)
-    with pytest.raises(OSError, match=r"cannot write .*checkpoint-000004: No space left on device; make room"):
+    with pytest.raises(OSError, match=r"cannot write .*checkpoint-000002: No space left on device; make room"):
         run_here(packed, tmp_path / "run", *SAVING)
     assert not [path for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name]

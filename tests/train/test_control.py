@@ -17,7 +17,7 @@ from tests.shell import LAUNCHER
 from tests.train.runs import FP32, arguments, metrics, run_here, trace
 from tests.train.together import Together
 from train.checkpoint import newest_checkpoint
-from train.control import Control, Stopped, _Relay, _watch_launcher
+from train.control import Control, Stopped, _leave_terminal, _Relay, _watch_launcher, typed_launcher
 from train.engine import World
 from train.main import main
 
@@ -74,6 +74,7 @@ def test_sigterm_to_one_rank_stops_all_after_the_same_step_and_the_run_goes_on(p
     seen = len(trace(out, 0))
     assert 3 <= seen < STEPS and seen == len(trace(out, 1))
     assert run.said()[-1] == f"stopped by SIGTERM at step {seen}; go on with --resume"
+    assert run.said().count("SIGTERM: stopping after this step and saving") == 1, "rank 0 says so, though rank 1 heard"
     assert [path.name for path in out.glob("*checkpoint*")] == [f"checkpoint-{seen:06d}"]
     assert metrics(out, "train")[-1]["step"] == seen
 
@@ -130,7 +131,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_that_is_continued_is_the_same(
     assert trace(out) == trace(tmp_path / "whole")
 
 
-def test_a_signal_within_an_evaluation_saves_the_step_before_it(
+def test_a_signal_within_an_evaluation_saves_the_step_before_it_and_the_evaluation_is_made_up(
     packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     original = Control.check
@@ -139,11 +140,61 @@ def test_a_signal_within_an_evaluation_saves_the_step_before_it(
         signal.raise_signal(signal.SIGTERM)
         original(self)
 
-    monkeypatch.setattr(Control, "check", strike)
-    assert main(arguments(packed, tmp_path / "run", FP32, "train.eval_every=1")) == 143
+    out, settings = tmp_path / "run", (FP32, "schedule.epochs=2", "schedule.warmup_epochs=1", "train.eval_every=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Control, "check", strike)
+        assert main(arguments(packed, out, *settings)) == 143
     assert capsys.readouterr().err.strip().endswith("stopped by SIGTERM at step 4; go on with --resume")
-    assert newest_checkpoint(tmp_path / "run") == tmp_path / "run" / "checkpoint-000004"
-    assert not metrics(tmp_path / "run", "eval")
+    assert newest_checkpoint(out) == out / "checkpoint-000004"
+    assert not metrics(out, "eval")
+    run_here(packed, out, *settings, resume=True)
+    run_here(packed, tmp_path / "whole", *settings)
+    assert metrics(out, "eval") == metrics(tmp_path / "whole", "eval") and len(metrics(out, "eval")) == 2
+    assert trace(out) == trace(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("signum", "more"), [(signal.SIGINT, "; Ctrl-C again ends at once"), (signal.SIGTERM, ""), (signal.SIGHUP, "")]
+)
+def test_a_signal_is_answered_at_once(
+    signum: signal.Signals, more: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("train.control._leave_terminal", lambda: None)
+    with Control() as control:
+        control.start(1)
+        assert not control.ends_after(1)
+        signal.raise_signal(signum)
+        assert capfd.readouterr().err == f"{signum.name}: stopping after this step and saving{more}\n"
+        assert control.ends_after(2)
+    assert control.stopped(2).status == 128 + signum
+
+
+def test_nohup_is_left_as_it_is() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Control():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_fails_no_print() -> None:
+    terminal, ours = os.openpty()
+    process = os.fork()
+    if process == 0:
+        os.dup2(ours, 1)
+        os.close(ours)
+        os.close(terminal)  # the last end of it
+        try:
+            os.write(1, b"x")
+        except OSError:
+            _leave_terminal()
+            os.write(1, b"x")
+            os._exit(7)
+        os._exit(0)
+    os.close(ours)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 7
 
 
 def test_a_signal_before_the_first_step_leaves_nothing_to_save(
@@ -243,6 +294,18 @@ def test_who_was_started_by_deepspeed_stops_when_that_is_gone() -> None:
     assert os.read(here, 1) == bytes([signal.SIGTERM])
     os.close(here)
     os.close(there)
+
+
+def test_the_launcher_is_known_as_it_was_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = "python3 /bin/deepspeed --num_gpus 2 train/main.py --recipe demo"
+    lines = {os.getppid(): "python3 -m deepspeed.launcher.launch train/main.py", 7: typed}
+    monkeypatch.setattr("train.control._parent", lambda pid: 7)
+    monkeypatch.setattr("train.control._command_line", lambda pid: lines[pid].replace(" ", "\0").encode())
+    assert typed_launcher(["train/main.py", "--recipe", "demo"]) == ["deepspeed", "--num_gpus", "2"]
+    lines[7] = "sshd"
+    assert typed_launcher(["train/main.py"]) == ["deepspeed"]
+    lines[os.getppid()] = "bash"
+    assert typed_launcher(["train/main.py"]) == []
 
 
 def test_strangers_at_the_door_are_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:

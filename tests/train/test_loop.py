@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,10 @@ from tests.sets import make_set
 from tests.train.runs import FP32, launch, launch_machines, metrics, run_here, trace
 from train.checkpoint import identity
 from train.clock import WARMUP_STEPS
+from train.config import Batch
 from train.evaluate import evaluate
 from train.resolve import load_config
+from train.start import _smaller_batch
 
 STEPS = 20
 LONG = (FP32, "schedule.epochs=6", "train.log_every=1", "optimizer.lr=1e-3")
@@ -122,7 +125,7 @@ def test_a_fraction_of_the_training_split_is_learned_from_and_all_of_the_other_e
     packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A third of 9, 9 and 8 samples are 3 each: 9 samples, 3 epochs, steps of 8. Cut off and taken up, it goes on."""
-    out, settings = tmp_path / "run", ("data.fraction=0.334", "data.fraction_seed=5", "train.checkpoint_every=2")
+    out, settings = tmp_path / "run", ("data.fraction=0.334", "data.fraction_seed=5")
     kept = choose_fraction(ShardSet.open(packed, "train"), 0.334, 5)
     assert kept is not None and sorted(i % 3 for i in kept.tolist()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     run_here(packed, out, FP32, *settings)
@@ -136,7 +139,7 @@ def test_a_fraction_of_the_training_split_is_learned_from_and_all_of_the_other_e
     assert metrics(out, "eval")[-1]["epoch"] == pytest.approx(32 / 9)
     shutil.rmtree(out / "checkpoint-000004")
     run_here(packed, out, FP32, *settings, resume=True)
-    assert [line["loss"] for line in trace(out)[4:]] == [line["loss"] for line in trace(out)[2:4]]
+    assert [line["loss"] for line in trace(out)[4:]] == [trace(out)[3]["loss"]]
     with pytest.raises(ValueError, match=r"data\.fraction_seed is 6 now and was 5"):
         run_here(packed, out, FP32, *settings, "data.fraction_seed=6", resume=True)
 
@@ -174,7 +177,7 @@ def colour_set(folder: Path) -> Path:
 
 def test_run_learns_and_logs(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    settings = ("train.log_every=4", "train.eval_every=4", "train.checkpoint_every=8", "train.keep=2")
+    settings = ("train.eval_every=4", "train.keep=3")  # logged and saved often, for the run is short
     run_here(colour_set(tmp_path / "set"), out, *settings, "schedule.epochs=13")
     lines = metrics(out, "train")
     assert [line["step"] for line in lines] == [4, 6, 8, 12, 16, 18, 20]
@@ -183,5 +186,28 @@ def test_run_learns_and_logs(tmp_path: Path) -> None:
     assert [line["step"] for line in metrics(out, "eval")] == [6, 12, 18, 20]
     assert metrics(out, "eval")[-1]["top1"] == 1.0
     assert metrics(out, "end")[0]["measured_steps"] == 20 - WARMUP_STEPS
-    written = {"checkpoint-000016", "checkpoint-000020", "metrics.jsonl", "predictions.npz", "run.json", "tensorboard"}
-    assert {path.name for path in out.iterdir()} == written | {"trace-0.jsonl", ".lock"}
+    written = {"metrics.jsonl", "predictions.npz", "run.json", "tensorboard", "trace-0.jsonl", ".lock"}
+    saved = {f"checkpoint-{step:06d}" for step in (12, 16, 20)}
+    assert {path.name for path in out.iterdir()} == written | saved
+
+
+@pytest.mark.parametrize(
+    ("epochs", "batch", "samples", "world", "said"),
+    [
+        (1, 64, 640, 1, "only 10 steps: a smaller batch takes more steps, such as --set ds.train_batch_size=8"),
+        (1, 8, 80, 3, "only 10 steps: a smaller batch takes more steps, such as --set ds.train_batch_size=3"),
+        (200, 64, 40, 1, "a step of 64 clips repeats some of the 40 samples: a smaller batch takes more steps"),
+        (2, 64, 40, 1, "only 2 steps, and a step of 64 clips repeats some of the 40 samples: a smaller batch"),
+        (100, 64, 64, 1, ""),
+        (1, 1, 10, 1, ""),
+        (1, 4, 10, 4, ""),
+    ],
+)
+def test_few_steps_are_said_with_a_batch_that_takes_more(
+    epochs: int, batch: int, samples: int, world: int, said: str
+) -> None:
+    config = load_config("demo", ["data.shards=x", f"schedule.epochs={epochs}", "schedule.warmup_epochs=0"])
+    steps = -(-epochs * samples // batch)
+    parts = {"batch": Batch(batch, 1, 1), "shards": SimpleNamespace(num_kept=samples), "num_steps": steps}
+    job: Any = SimpleNamespace(config=config, world=SimpleNamespace(size=world), **parts)
+    assert _smaller_batch(job).startswith(said) and bool(_smaller_batch(job)) == bool(said)

@@ -11,7 +11,7 @@ import pytest
 
 from train import metrics
 from train.clock import Pace
-from train.metrics import MetricsLog, eval_line, metrics_text, train_line
+from train.metrics import MetricsLog, counted, eval_line, metrics_text, train_line
 
 
 class Board:
@@ -65,12 +65,14 @@ def test_a_resumed_run_appends_to_what_was_written_up_to_its_step(tmp_path: Path
     first.close()
     before = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     resumed = MetricsLog(tmp_path, 4)
+    assert resumed.evaluated
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(before[:4])
     resumed.write("train", 6, loss=0.25)
     resumed.close()
     assert [entry["step"] for entry in entries(tmp_path)] == [2, 2, 4, 4, 6]
     assert entries(tmp_path)[-1]["loss"] == 0.25
-    assert [board.purge_step for board in boards] == [1, 5]
+    assert not MetricsLog(tmp_path, 6).evaluated
+    assert [board.purge_step for board in boards] == [1, 5, 7]
 
 
 @pytest.mark.parametrize(
@@ -111,4 +113,6 @@ def test_lines_of_evaluation() -> None:
     assert metrics_text(one) == "top-1 50.00 %  top-5 100.00 %  mean class 25.00 %  loss 1.0000  (8 samples)"
     several = {"mean_average_precision": 1 / 3, "top1": 0.5, "loss": 0.25, "samples": 7.0, "undecodable": 2.0}
     assert metrics_text(several) == "mAP 33.33 %  top-1 50.00 %  loss 0.2500  (7 samples, 2 could not be decoded)"
-    assert eval_line(30, one) == f"evaluation after step 30: {metrics_text(one)}"
+    assert eval_line(30, one, 6) == f"evaluation after step 30: {metrics_text(one)}"
+    assert metrics_text(one, 5) == "top-1 50.00 %  mean class 25.00 %  loss 1.0000  (8 samples)"
+    assert (counted(1, "process", "es"), counted(2, "process", "es")) == ("1 process", "2 processes")

@@ -65,7 +65,9 @@ def test_a_listing_keeps_its_columns_and_a_table_its_places() -> None:
 
 
 def test_the_page_forbids_the_browser_what_it_does_not_need() -> None:
-    read = Reader(page("a", "b", [Section("What next", figures([picture(PNG, "c")]))], "d"))
+    read = Reader(
+        page("a", "b", [Section("What next", figures([picture(PNG, "c")])), Section("Not", "", there=False)], "d")
+    )
     metas = [attributes for tag, attributes in read.elements if tag == "meta"]
     (policy,) = [meta["content"] for meta in metas if meta.get("http-equiv") == "Content-Security-Policy"]
     assert policy is not None and policy.startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'")

@@ -26,6 +26,7 @@ from train.bad_samples import COLUMNS
 from train.evaluate import Evaluation
 from train.report import report_finished_run, write_report
 from train.report_clips import ShownClip, of_different_classes
+from train.run_folder import RunFolder
 
 HOSTILE = "<script>alert('x')</script>\"><img src=http://x.invalid/a>"
 TABLES = ("per_class.csv", "confusion.csv")
@@ -96,6 +97,31 @@ def test_a_run_leaves_a_report_of_what_it_was_and_how_it_went(run: Path) -> None
             assert min(picture.size) > 200, name
 
 
+def test_it_shows_what_was_really_used_in_the_words_of_people(run: Path, copy: Path) -> None:
+    page = (run / "report.html").read_text()
+    words, facts = words_of(run / "report.html"), json.loads((run / "run.json").read_text())
+    assert f"device {facts['device']}, 1 process " in words
+    assert "top-5" not in words and "top5" in metrics(run, "eval")[-1], "there are 3 classes"
+    linked = set(re.findall(r'<a href="#([^"]+)">', page))
+    assert "learning" in linked and "bad-samples" not in linked and 'id="bad-samples"' in page
+    launcher, command = ["deepspeed", "--num_gpus", "2"], ["train/main.py", "--local_rank=1", "--recipe", "demo"]
+    more = {"micro_batch": 4, "num_classes": 6, "world_size": 2, "launcher": launcher, "command": command}
+    edit_json(copy / "run.json", lambda facts: facts.update(more))
+    again = write_report(copy)
+    assert "<td>deepspeed.train_micro_batch_size_per_gpu</td><td>4</td>" in part(again, "Settings")
+    assert "2 processes" in words_of(again) and "top-5 100.00 %" in words_of(again)
+    assert "deepspeed --num_gpus 2 train/main.py --recipe demo" in part(again, "Environment")
+
+
+def test_a_last_interval_of_too_few_steps_is_not_drawn() -> None:
+    lines = [{"kind": "train", "step": step, "loss": step / 10} for step in (4, 8, 12, 13)]
+    run = RunFolder(Path(), {}, lines)
+    assert report_parts._averages(run, "loss") == ([4, 8, 12], [0.4, 0.8, 1.2])
+    assert report_parts._left_out(run).startswith("The last line of the log is of 1 step and not drawn")
+    lines[-1]["step"] = 14
+    assert report_parts._averages(run, "loss")[0] == [4, 8, 12, 14] and not report_parts._left_out(run)
+
+
 def test_its_tables_are_those_of_the_evaluation(run: Path) -> None:
     result = answers_of(run)
     with (run / "report" / "confusion.csv").open() as file:
@@ -150,7 +176,8 @@ def unfinished(run: Path) -> None:
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join(lines[:3]) + lines[3][:9])
     (run / "predictions.npz").unlink()
-    shutil.rmtree(run / "checkpoint-000010")
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
 
 
 def just_begun(run: Path) -> None:

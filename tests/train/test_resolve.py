@@ -134,6 +134,10 @@ def test_another_method_leaves_the_recipes_own_options_out_and_says_so(capsys: p
         ("data.num_frame=8", "did you mean data.num_frames?"),
         ("train.epochs=8", "did you mean schedule.epochs?"),
         ("nothing.here=8", "sections are data, model"),
+        ("optimizer.learning_rate=0.1", "did you mean optimizer.lr?"),
+        ("optimizer.momentum=0.1", "unknown key optimizer.momentum; [optimizer] has lr, "),
+        ("train_batch_size=8", "did you mean --set ds.train_batch_size=8?"),
+        ("num_frames=8", "did you mean --set data.num_frames=8?"),
         ("train.train_batch_size=8", "belongs in the DeepSpeed file (ds_config.json)"),
         ("train.batch_size=8", "has train_batch_size, here --set ds.train_batch_size"),
         ("ds.train_batchsize=8", "did you mean train_batch_size?"),
@@ -236,9 +240,12 @@ def test_mistakes_in_a_deepspeed_file(tmp_path: Path, text: str, said: str) -> N
 
 
 def test_unknown_recipe_names_those_there_are() -> None:
-    has = r"no such recipe: dmeo; train/recipes has adaptformer_.*, demo, .*my_videos"
-    with pytest.raises(FileNotFoundError, match=has):
+    with pytest.raises(FileNotFoundError, match=r"no such recipe: dmeo; train/recipes has demo, ") as failure:
         load_config("dmeo")
+    named = str(failure.value).partition(" has ")[2].partition(" …")[0].split(", ")
+    assert len(named) == 10 and len(set(named)) == 10
+    with pytest.raises(FileNotFoundError, match=r"train/recipes has aim_b16_k400, "):
+        load_config("recipes/aim_b16_k40.toml")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ file, for the commonest illness is a Python that has none of them.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipelines.cli import ACTIVATE, is_other_python
 from pipelines.machine import available_memory, installed_versions, processor_name
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +62,16 @@ def machine_rows(parts: Sequence[str]) -> list[Row]:
     return [*rows, *disks([Path(part) for part in parts])]
 
 
+def wrong_python() -> Row | None:
+    """The one row to show where this Python is not that of .venv and lacks what that has, for then every other row
+    would tell of this Python's packages; None where it may be looked at."""
+    missing = [name for name in ("torch", "deepspeed", "av") if importlib.util.find_spec(name) is None]
+    if not missing or not is_other_python():
+        return None
+    found = f"{sys.executable} is not the project's Python and lacks {', '.join(missing)}; nothing else was looked at"
+    return Row(PROBLEM, "Python", found, remedy=f"{ACTIVATE} (.venv has all packages), then once more")
+
+
 def python() -> Row:
     """Its version, and whether it is that of .venv."""
     found = f"{installed_versions(())['python']} of {_short(Path(sys.prefix))}"
@@ -73,7 +85,7 @@ def python() -> Row:
             "Python",
             found,
             "not that of .venv, which has the locked packages",
-            "source .venv/bin/activate, or .venv/bin/python tools/doctor.py",
+            f"{ACTIVATE}, or .venv/bin/python tools/doctor.py",
         )
     return Row(OK, "Python", found)
 
@@ -250,7 +262,8 @@ def weights() -> Row:
         "weights",
         "shipped: tiny-clip; no others in the caches",
         "a tag such as openai is downloaded at its first use",
-        "without a network: --set model.pretrained=FILE.safetensors",
+        "without a network: --set model.pretrained=FILE.safetensors, or --set model.name=tiny-clip "
+        "--set model.pretrained=shapes",
     )
 
 

@@ -37,6 +37,23 @@ _MULTI_LABEL = {
     "scores / scores.sum()": "scores",
 }
 
+_CLIP = """import av
+import numpy as np
+from PIL import ImageOps
+
+with av.open("video.mp4") as video:
+    upright = (frame.to_image().rotate(frame.rotation, expand=True) for frame in video.decode(video=0))
+    frames = [np.asarray(ImageOps.fit(picture, ({size}, {size}), bleed={bleed:g})) for picture in upright]
+{numbers}
+np.save("clip.npy", np.stack([frames[number] for number in numbers]))
+"""
+_NUMBERS = {
+    "uniform": """ends = np.round((len(frames) - 1) / {count} * np.arange({ends})).astype(int)
+numbers = (ends[:-1] + ends[1:]) // 2""",
+    "dense": """start = max(0, len(frames) - {span} + 1) // 2
+numbers = (start + {interval} * np.arange({count})) % len(frames)""",
+}
+"""Frames of a video that make a clip, by data.sampling: as pipelines.plan.eval_frames."""
 _IN_TORCH = """import json
 import numpy as np
 import torch
@@ -66,7 +83,7 @@ for number in np.argsort(-probabilities)[:5]:
 _IN_OURS = """import json
 import numpy as np
 import torch
-import model  # the package of the project that wrote this, its folder being where Python looks for packages
+import model  # of the project that wrote this: PYTHONPATH=/path/to/image-to-video python …
 
 config = json.load(open("config.json", encoding="utf-8"))
 network = model.load({place})
@@ -79,7 +96,7 @@ for number in probabilities.argsort(descending=True)[:5].tolist():
 """
 _IN_OURS_WITHOUT_NAMES = """import numpy as np
 import torch
-import model  # the package of the project that wrote this, its folder being where Python looks for packages
+import model  # of the project that wrote this: PYTHONPATH=/path/to/image-to-video python …
 
 network = model.load({place})
 clip = np.load("clip.npy")  # {clip}
@@ -102,7 +119,7 @@ def model_card(
     parts = [
         _metadata(document, config, licence),
         [f"# {plain(name)}", "", *_what(model, document, config)],
-        ["## Use", "", *_use(model, document, answers is not None and answers.evaluation.multi_label)],
+        ["## Use", "", *_use(model, document, config, answers is not None and answers.evaluation.multi_label)],
         ["## Input", "", *_input(model, document, config)],
         ["## Classes", "", *_classes(document)],
         ["## Measured", "", *_measured(document, config, answers)],
@@ -161,10 +178,17 @@ def _what(model: VideoModel, document: Mapping[str, Any], config: Config | None)
     return lines
 
 
-def _use(model: VideoModel, document: Mapping[str, Any], multi_label: bool) -> list[str]:
+def _use(model: VideoModel, document: Mapping[str, Any], config: Config | None, multi_label: bool) -> list[str]:
     graphs, size = document.get("graphs", {}), model.geometry.image_size
     clip = f"uint8 [{model.num_frames}, {size}, {size}, 3]: frames, height, width, RGB"
+    from_file = is_weight_file(document.get("backbone", {}).get("pretrained", ""))
     lines: list[str] = []
+    if "tensors_sha256" in document:
+        more = " --set model.pretrained=PATH" if from_file else ""
+        more += "" if "classes" in document else " --classes A,B"
+        command = f"python tools/predict.py FOLDER VIDEO{more}"
+        lines += [f"In the project that wrote it, `{command}` says what a video shows.", ""]
+    lines += ["A clip is cut from a video with `av`, `numpy` and `pillow`:", "", *_cut(model, document, config)]
     if "model.onnx" in graphs:
         lines += ["With `onnxruntime` and `numpy`:", "", *_program(_IN_ONNX, clip, multi_label)]
     if "model.pt2" in graphs:
@@ -178,11 +202,21 @@ def _use(model: VideoModel, document: Mapping[str, Any], multi_label: bool) -> l
             "",
         ]
     if "tensors_sha256" in document:
-        from_file = is_weight_file(document.get("backbone", {}).get("pretrained", ""))
         place = '".", pretrained="PATH"' if from_file else '"."'
         text = _IN_OURS if "classes" in document else _IN_OURS_WITHOUT_NAMES
-        lines += ["With the project that wrote it:", "", *_program(text, clip, multi_label, place=place)]
+        program = _program(text, clip, multi_label, place=place)
+        lines += ["With the project that wrote it, of such a clip:", "", *program]
     return lines[:-1]
+
+
+def _cut(model: VideoModel, document: Mapping[str, Any], config: Config | None) -> list[str]:
+    """The program that makes clip.npy, as `_input` says it; evenly spread where it is not known how."""
+    count, sampling, interval = model.num_frames, document.get("sampling"), document.get("interval") or 1
+    rule = _NUMBERS["dense" if sampling == "dense" else "uniform"]
+    numbers = rule.format(count=count, ends=count + 1, interval=interval, span=count * interval)
+    bleed = 0.0 if config is None else (1 - config.data.eval_crop) / 2
+    text = _CLIP.format(size=model.geometry.image_size, bleed=bleed, numbers=numbers)
+    return ["```python", *text.splitlines(), "```", ""]
 
 
 def _program(text: str, clip: str, multi_label: bool, **more: str) -> list[str]:

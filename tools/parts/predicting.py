@@ -179,13 +179,13 @@ def predict_set(predictor: Predictor, shards: ShardSet, places: Places, argument
                     write_annotated(*places[answer.key], [(float("inf"), answer.labels)])
                 except StreamError as error:
                     answer = dataclasses.replace(answer, error=answer.error or f"no annotated video: {error}")
-            outputs.add(answer)
+            outputs.add(answer, shown=bool(answer.labels) or len(shards) > 1)  # a lone one's error is raised below
             if answer.error:
                 failed, silent = failed + 1, silent + (not answer.labels)
                 first = first or f"{answer.key}: {answer.error}"
         outputs.end(failed)
     if silent == len(shards):
-        raise ValueError(f"none of the {silent} videos can be decoded, first {first}")
+        raise ValueError(_nothing_decodes(silent, first))
     if failed:
         print(f"{failed} of {len(shards)} videos cannot be decoded, or not as a whole", file=sys.stderr)
     return 1 if failed else 0
@@ -256,11 +256,12 @@ def draw_timelines(
                 write_annotated(*places[key], timeline.spans, video.facts.num_frames)
         except StreamError as error:
             errors.append(f"{key}: {error}")
-            tqdm.write(f"{key}: cannot be decoded: {error}")
+            if len(paths) > 1:
+                tqdm.write(f"{key}: cannot be decoded: {error}")
         else:
             tqdm.write(f"{key}: {timeline.summary()}; {out / name}.csv and .png")
     if len(errors) == len(paths):
-        raise ValueError(f"none of the {len(errors)} videos can be decoded, first {errors[0]}")
+        raise ValueError(_nothing_decodes(len(errors), errors[0]))
     return 1 if errors else 0
 
 
@@ -287,6 +288,10 @@ def write_annotated(path: Path, out: Path, spans: Sequence[Span], num_frames: in
     with tqdm(total=num_frames, unit="frame", desc=str(out), leave=False, disable=None) as bar:
         for _ in annotate(path, out, spans):
             bar.update()
+
+
+def _nothing_decodes(count: int, first: str) -> str:
+    return f"cannot be decoded: {first}" if count == 1 else f"none of the {count} videos can be decoded, first {first}"
 
 
 def _key(shards: ShardSet, sample_id: int) -> str:

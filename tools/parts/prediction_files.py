@@ -68,9 +68,9 @@ class Outputs:
             text = json.dumps(dict(facts), indent=1, ensure_ascii=False)
             self._json.write(text.removesuffix("\n}") + ',\n "videos": [')
 
-    def add(self, answer: Answer) -> None:
-        """One video."""
-        if not self._to_stdout:
+    def add(self, answer: Answer, *, shown: bool = True) -> None:
+        """One video; in the table where it is to be `shown`."""
+        if shown and not self._to_stdout:
             tqdm.write(f"{answer.key:<{self._key_width}}  {answer}")
         if self._json is not None:
             entry = {
