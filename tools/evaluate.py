@@ -112,7 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "packages": installed_versions(PACKAGES),
         }
         metrics = write_report(out, result, shards, settings)
-        print(f"{shards.folder}, split {shards.split}, {views} views, {precision}: {metrics_text(metrics, len(shards.classes))}")
+        text = metrics_text(metrics, len(shards.classes))
+        print(f"{shards.folder}, split {shards.split}, {views} views, {precision}: {text}")
         print(out, flush=True)
     return 0
 
