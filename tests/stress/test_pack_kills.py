@@ -49,7 +49,7 @@ PHASES: dict[str, tuple[Any, str]] = {  # what the function at this place does
     "name the tar": (Path, "replace"),
     "write the index": (shards.IndexBuilder, "write"),
     "write the journal": (journal.Journal, "_write"),
-    "list the rejects": (pack, "_write_rejects"),
+    "list the rejects": (pack, "write_rejects"),
     "write the manifest": (pack, "write_manifest"),
     "name the set": (Path, "rename"),
     "clean up": (journal.Journal, "remove"),
